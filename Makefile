@@ -1,0 +1,48 @@
+# `make help` lists the targets. What they need is installed into $(VENV) once, and again when setup.py changes.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow quality style clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
+
+# Passive: threads that spin while they wait draw ten times slower where another process has one of the cores.
+demo: $(VENV)/.installed ## draw four pictures with checkpoints/emoji-mini
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(BIN)/hf-dalle draw "a glossy 3d style emoji of hedgehog" \
+		--checkpoint checkpoints/emoji-mini --num_images 4 --seed 0 --output hedgehog.png
+
+test: $(VENV)/.installed-dev ## run the tests but the slow ones
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-dev ## run all tests
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+quality: $(VENV)/.installed-dev ## check the lint and the format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(VENV)/.installed-dev ## repair the lint and the format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and what tools left behind
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist src/*.egg-info
+	find src training tests -name __pycache__ -prune -exec rm -rf {} +
+
+# A torch that $(PYTHON) has is reused by a line in the new environment's path, wherever that torch is (in a virtual
+# environment too, which --system-site-packages would not see). A $(VENV) that is there already is kept as it is.
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])" 2> /dev/null \
+		> $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/installed_torch.pth || true
+
+$(VENV)/.installed: setup.py | $(BIN)/pip
+	$(BIN)/pip install -e .
+	@touch $@
+
+$(VENV)/.installed-dev: setup.py | $(BIN)/pip
+	$(BIN)/pip install -e ".[dev]"
+	@touch $(VENV)/.installed $@

@@ -1,0 +1,56 @@
+"""Packages `src/hf_dalle`. The scripts in training/ and benchmarks/ run from the repository and are in no wheel."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+root = Path(__file__).parent
+# Read, not imported: building the package must not need torch.
+version = re.search(r'^__version__ = "(.+)"$', (root / "src/hf_dalle/__init__.py").read_text(encoding="utf-8"), re.M)
+readme = (root / "README.md").read_text(encoding="utf-8")
+
+extras = {
+    "data": ["resvg-py==0.5.0"],
+    "train": ["datasets>=4.0", "matplotlib>=3.8", "pyyaml>=6.0", "tensorboard>=2.15"],
+    "quality": ["ruff>=0.17,<0.18"],
+}
+test_tools = ["hypothesis>=6.100", "peft>=0.18", "pytest>=8.0"]
+extras["test"] = [*test_tools, *extras["data"], *extras["train"]]
+extras["dev"] = [*extras["test"], *extras["quality"]]
+
+setup(
+    name="hf-dalle",
+    version=version.group(1),
+    description="DALL-E (Zero-Shot Text-to-Image Generation) in PyTorch, for Hugging Face diffusers and transformers",
+    long_description=readme,
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords="dall-e text-to-image vq-vae discrete-vae autoregressive transformer diffusers",
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    python_requires=">=3.10",
+    install_requires=[
+        "accelerate>=1.15",
+        "diffusers>=0.42.1,<0.43",  # hub.py adds our classes to its private tables: held to the minor version
+        "huggingface_hub>=2.0",
+        "numpy>=1.26",
+        "pillow>=10.0",
+        "safetensors>=0.5",
+        "tokenizers>=0.22",
+        "torch>=2.6",
+        "tqdm>=4.66",
+        "transformers>=5.23,<6",
+    ],
+    extras_require=extras,
+    entry_points={"console_scripts": ["hf-dalle = hf_dalle.cli:main"]},
+)

@@ -1,0 +1,429 @@
+"""The discrete VAE of stage 1: encoder, quantizer and decoder between pictures and grids of image tokens.
+
+`DalleDVAE` with `quantizer="gumbel"` is the paper's dVAE (section 2.1, appendix A); `quantizer="nearest"` is VQ-VAE
+(van den Oord et al., 2017). The losses live in `losses.py`, the schedules of temperature and beta in the training script.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import nn
+
+from .logit_laplace import map_pixels, unmap_pixels
+
+
+@dataclass
+class DalleDVAEEncoderOutput(BaseOutput):
+    """
+    Output of [`DalleDVAE.encode`].
+
+    Args:
+        logits (`torch.Tensor`): B x K x h x w, unnormalised log-probabilities of the K codes in each cell; with
+            `quantizer="nearest"` minus the squared distance to each code.
+        tokens (`torch.LongTensor`): B x h x w, the most probable code of each cell.
+    """
+
+    logits: torch.Tensor
+    tokens: torch.Tensor
+
+
+@dataclass
+class DalleDVAEDecoderOutput(BaseOutput):
+    """
+    Output of [`DalleDVAE.decode`].
+
+    Args:
+        sample (`torch.Tensor`): B x 3 x H x W in [0, 1], the picture to show: phi^-1(sigmoid(mu)).
+        mu (`torch.Tensor`): B x 3 x H x W, location of the logit-Laplace distribution.
+        log_b (`torch.Tensor`): B x 3 x H x W, log of its scale.
+    """
+
+    sample: torch.Tensor
+    mu: torch.Tensor
+    log_b: torch.Tensor
+
+
+@dataclass
+class DalleDVAEOutput(DalleDVAEDecoderOutput):
+    """
+    Output of [`DalleDVAE.forward`]: the decoder's maps for the relaxed codes, with the encoder's logits and tokens.
+
+    Args:
+        logits (`torch.Tensor`): B x K x h x w, from the encoder.
+        tokens (`torch.LongTensor`): B x h x w, their argmax.
+        commitment_loss (`torch.Tensor`): scalar, to be added to the loss; zero with `quantizer="gumbel"`.
+    """
+
+    logits: torch.Tensor
+    tokens: torch.Tensor
+    commitment_loss: torch.Tensor
+
+
+class DalleConv2d(nn.Conv2d):
+    """A convolution that keeps the picture's size, initialised to preserve variance (weights N(0, 1 / fan_in), bias 0)."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
+        super().__init__(in_channels, out_channels, kernel_size, padding=(kernel_size - 1) // 2)
+
+    def reset_parameters(self):
+        nn.init.normal_(self.weight, std=1 / math.sqrt(self.in_channels * self.kernel_size[0] ** 2))
+        nn.init.zeros_(self.bias)
+
+
+class DalleEncoderBlock(nn.Module):
+    """Bottleneck resblock: id(x) + residual_scale * res(x), where res is three 3x3 convolutions and then a 1x1."""
+
+    def __init__(self, in_channels: int, out_channels: int, residual_scale: float):
+        super().__init__()
+        hidden_channels = out_channels // 4
+        self.residual_scale = residual_scale
+        self.shortcut = DalleConv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.conv_1 = DalleConv2d(in_channels, hidden_channels, 3)
+        self.conv_2 = DalleConv2d(hidden_channels, hidden_channels, 3)
+        self.conv_3 = DalleConv2d(hidden_channels, hidden_channels, 3)
+        self.conv_4 = DalleConv2d(hidden_channels, out_channels, 1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        residual = self.conv_1(F.relu(hidden_states))
+        residual = self.conv_2(F.relu(residual))
+        residual = self.conv_3(F.relu(residual))
+        residual = self.conv_4(F.relu(residual))
+        return self.shortcut(hidden_states) + self.residual_scale * residual
+
+
+class DalleDecoderBlock(nn.Module):
+    """Bottleneck resblock: id(x) + residual_scale * res(x), where res is a 1x1 convolution and then three 3x3."""
+
+    def __init__(self, in_channels: int, out_channels: int, residual_scale: float, use_upsample: bool):
+        super().__init__()
+        hidden_channels = out_channels // 4
+        self.residual_scale = residual_scale
+        self.use_upsample = use_upsample
+        self.shortcut = DalleConv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.conv_1 = DalleConv2d(in_channels, hidden_channels, 1)
+        self.conv_2 = DalleConv2d(hidden_channels, hidden_channels, 3)
+        self.conv_3 = DalleConv2d(hidden_channels, hidden_channels, 3)
+        self.conv_4 = DalleConv2d(hidden_channels, out_channels, 3)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # The paper upsamples before the block. Pointwise maps commute with nearest-neighbour upsampling, so those
+        # that open the block run first, on a quarter of the pixels: the same numbers for less work.
+        residual = self.conv_1(F.relu(hidden_states))
+        hidden_states = self.shortcut(hidden_states)
+        if self.use_upsample:
+            residual = F.interpolate(residual, scale_factor=2.0, mode="nearest")
+            hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
+        residual = self.conv_2(F.relu(residual))
+        residual = self.conv_3(F.relu(residual))
+        residual = self.conv_4(F.relu(residual))
+        return hidden_states + self.residual_scale * residual
+
+
+class DalleEncoder(nn.Module):
+    """Pictures in (eps, 1 - eps) to a map of `out_channels` a cell; max-pooling between the groups."""
+
+    def __init__(self, out_channels: int, block_out_channels: tuple[int, ...], layers_per_block: int, patch_size: int):
+        super().__init__()
+        self.patch_size = patch_size
+        residual_scale = 1 / (len(block_out_channels) * layers_per_block) ** 2
+        self.conv_in = DalleConv2d(3 * patch_size**2, block_out_channels[0], 7)
+        self.groups = nn.ModuleList()
+        in_channels = block_out_channels[0]
+        for channels in block_out_channels:
+            blocks = [DalleEncoderBlock(in_channels, channels, residual_scale)]
+            blocks += [DalleEncoderBlock(channels, channels, residual_scale) for _ in range(layers_per_block - 1)]
+            self.groups.append(nn.Sequential(*blocks))
+            in_channels = channels
+        self.conv_out = DalleConv2d(in_channels, out_channels, 1)
+
+    def forward(self, mapped: torch.Tensor) -> torch.Tensor:
+        # B x 3 x H x W -> B x 3 s^2 x H/s x W/s
+        hidden_states = self.conv_in(F.pixel_unshuffle(mapped, self.patch_size))
+        for index, group in enumerate(self.groups):
+            if index > 0:
+                hidden_states = F.max_pool2d(hidden_states, kernel_size=2)
+            hidden_states = group(hidden_states)
+        return self.conv_out(F.relu(hidden_states))
+
+
+class DalleDecoder(nn.Module):
+    """A map of codes to the six maps mu and ln b; nearest-neighbour upsampling between the groups."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        init_channels: int,
+        block_out_channels: tuple[int, ...],
+        layers_per_block: int,
+        patch_size: int,
+    ):
+        super().__init__()
+        self.patch_size = patch_size
+        residual_scale = 1 / (len(block_out_channels) * layers_per_block) ** 2
+        self.conv_in = DalleConv2d(in_channels, init_channels, 1)
+        self.groups = nn.ModuleList()
+        in_channels = init_channels
+        for index, channels in enumerate(block_out_channels):
+            blocks = [DalleDecoderBlock(in_channels, channels, residual_scale, use_upsample=index > 0)]
+            blocks += [
+                DalleDecoderBlock(channels, channels, residual_scale, False) for _ in range(layers_per_block - 1)
+            ]
+            self.groups.append(nn.Sequential(*blocks))
+            in_channels = channels
+        self.conv_out = DalleConv2d(in_channels, 6 * patch_size**2, 1)
+
+    def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The first 1x1 convolution of a one-hot map as a look-up: tokens B x h x w -> B x C x h x w."""
+        weight = self.conv_in.weight[:, :, 0, 0]
+        return weight[:, tokens].movedim(0, 1) + self.conv_in.bias[:, None, None]
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """From the first convolution's output to `(mu, log_b)`, each B x 3 x H x W."""
+        for group in self.groups:
+            hidden_states = group(hidden_states)
+        # B x 6 s^2 x H/s x W/s -> B x 6 x H x W
+        maps = F.pixel_shuffle(self.conv_out(F.relu(hidden_states)), self.patch_size)
+        return maps[:, :3], maps[:, 3:]
+
+
+class DalleCodebook(nn.Module):
+    """The codebook of VQ-VAE: nearest codes, and their update by exponential moving averages instead of a gradient."""
+
+    def __init__(self, vocab_size: int, codebook_dim: int, decay: float):
+        super().__init__()
+        self.decay = decay
+        codes = torch.randn(vocab_size, codebook_dim)
+        self.register_buffer("codes", codes)
+        self.register_buffer("ema_count", torch.ones(vocab_size))
+        self.register_buffer("ema_sum", codes.clone())
+
+    def forward(self, encoded: torch.Tensor) -> torch.Tensor:
+        """Minus the squared distance of each cell to each code: B x D x h x w -> B x K x h x w."""
+        cross = torch.einsum("bdhw,kd->bkhw", encoded, self.codes)
+        return 2 * cross - encoded.square().sum(1, keepdim=True) - self.codes.square().sum(1)[:, None, None]
+
+    def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens B x h x w -> codes B x D x h x w."""
+        return self.codes[tokens].movedim(-1, 1)
+
+    @torch.no_grad()
+    def update(self, encoded: torch.Tensor, tokens: torch.Tensor):
+        """One step of the moving averages, over all processes' cells."""
+        flat, flat_tokens = encoded.movedim(1, -1).flatten(0, 2).float(), tokens.flatten()  # (B h w) x D, (B h w)
+        count = torch.zeros_like(self.ema_count).index_add_(0, flat_tokens, torch.ones_like(flat[:, 0]))
+        total = torch.zeros_like(self.ema_sum).index_add_(0, flat_tokens, flat)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(count)
+            torch.distributed.all_reduce(total)
+        self.ema_count.lerp_(count, 1 - self.decay)
+        self.ema_sum.lerp_(total, 1 - self.decay)
+        # Laplace smoothing keeps the division finite for codes that nothing uses.
+        num_cells = self.ema_count.sum()
+        smoothed = (self.ema_count + 1e-5) / (num_cells + 1e-5 * len(self.ema_count)) * num_cells
+        self.codes.copy_(self.ema_sum / smoothed[:, None])
+
+
+class DalleDVAE(ModelMixin, ConfigMixin):
+    r"""
+    The discrete VAE of DALL-E (paper, section 2.1). The defaults are OpenAI's released model: 256 x 256 pictures,
+    32 x 32 tokens out of 8192. Downsampling is `patch_size * 2 ** (len(encoder_block_out_channels) - 1)`.
+
+    Args:
+        sample_size (`int`): side of the pictures that the model was trained on, in pixels.
+        vocab_size (`int`): number of codes, K.
+        encoder_block_out_channels (`tuple[int]`): width of each group of the encoder, multiples of 4.
+        decoder_block_out_channels (`tuple[int]`): width of each group of the decoder, as many.
+        decoder_in_channels (`int`): width of the decoder's first 1x1 convolution.
+        layers_per_block (`int`): resblocks a group.
+        patch_size (`int`): 1 is the paper; s > 1 folds s x s pixels into channels on both ends, for slow machines.
+        quantizer (`str`): "gumbel" (categorical, relaxed by gumbel-softmax) or "nearest" (VQ-VAE).
+        codebook_dim (`int`, *optional*): with "nearest", the length of a code vector; needed there, unused otherwise.
+        commitment_cost (`float`): with "nearest", weight of the commitment loss.
+        codebook_decay (`float`): with "nearest", decay of the codebook's moving averages.
+        logit_laplace_eps (`float`): eps of the pixel map phi, in (0, 0.5).
+
+    Raises:
+        ValueError: where sizes do not fit each other.
+    """
+
+    _no_split_modules = ["DalleEncoderBlock", "DalleDecoderBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 256,
+        vocab_size: int = 8192,
+        encoder_block_out_channels: tuple[int, ...] = (256, 512, 1024, 2048),
+        decoder_block_out_channels: tuple[int, ...] = (2048, 1024, 512, 256),
+        decoder_in_channels: int = 128,
+        layers_per_block: int = 2,
+        patch_size: int = 1,
+        quantizer: str = "gumbel",
+        codebook_dim: int | None = None,
+        commitment_cost: float = 0.25,
+        codebook_decay: float = 0.99,
+        logit_laplace_eps: float = 0.1,
+    ):
+        super().__init__()
+        self._check_config()
+        code_channels = vocab_size if quantizer == "gumbel" else codebook_dim
+        self.encoder = DalleEncoder(code_channels, encoder_block_out_channels, layers_per_block, patch_size)
+        if quantizer == "nearest":
+            self.codebook = DalleCodebook(vocab_size, codebook_dim, codebook_decay)
+        self.decoder = DalleDecoder(
+            code_channels, decoder_in_channels, decoder_block_out_channels, layers_per_block, patch_size
+        )
+
+    def _check_config(self):
+        config = self.config
+        if config.quantizer not in ("gumbel", "nearest"):
+            raise ValueError(f"`quantizer` is {config.quantizer!r}; expected 'gumbel' or 'nearest'.")
+        if config.quantizer == "nearest" and not config.codebook_dim:
+            raise ValueError("`quantizer='nearest'` needs `codebook_dim`, the length of a code vector.")
+        encoder, decoder = config.encoder_block_out_channels, config.decoder_block_out_channels
+        if len(encoder) != len(decoder) or not encoder or any(width % 4 for width in (*encoder, *decoder)):
+            raise ValueError(
+                "`encoder_block_out_channels` and `decoder_block_out_channels` must be of one length and hold multiples"
+                f" of 4; got {list(encoder)} and {list(decoder)}."
+            )
+        if min(config.layers_per_block, config.patch_size, config.vocab_size, config.decoder_in_channels) < 1:
+            raise ValueError("`layers_per_block`, `patch_size`, `vocab_size` and `decoder_in_channels` start at 1.")
+        if config.sample_size < 1 or config.sample_size % self.downsampling_factor:
+            raise ValueError(
+                f"`sample_size` is {config.sample_size}, which the downsampling of {self.downsampling_factor}"
+                f" (patch_size {config.patch_size} * 2 ** {len(encoder) - 1}) does not divide."
+            )
+        if not 0 < config.logit_laplace_eps < 0.5:
+            raise ValueError(f"`logit_laplace_eps` is {config.logit_laplace_eps}; expected a number in (0, 0.5).")
+
+    @property
+    def downsampling_factor(self) -> int:
+        """Pixels a side of one token's cell."""
+        return self.config.patch_size * 2 ** (len(self.config.encoder_block_out_channels) - 1)
+
+    @property
+    def image_grid_size(self) -> int:
+        """Tokens a side of a picture of `sample_size`."""
+        return self.config.sample_size // self.downsampling_factor
+
+    def _encode(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The encoder's output map and the logits made of it: the same tensor with "gumbel"."""
+        factor = self.downsampling_factor
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or not pixel_values.is_floating_point():
+            raise ValueError(
+                "`pixel_values` must be a floating-point tensor B x 3 x H x W with values in [0, 1]; got"
+                f" {tuple(pixel_values.shape)} of {pixel_values.dtype}."
+            )
+        if pixel_values.shape[2] % factor or pixel_values.shape[3] % factor:
+            raise ValueError(
+                f"`pixel_values` are {pixel_values.shape[2]} x {pixel_values.shape[3]} pixels; the downsampling of"
+                f" {factor} does not divide that. Resize or crop them to multiples of {factor}."
+            )
+        encoded = self.encoder(map_pixels(pixel_values, self.config.logit_laplace_eps))
+        return encoded, self.codebook(encoded) if self.config.quantizer == "nearest" else encoded
+
+    @apply_forward_hook
+    def encode(self, pixel_values: torch.Tensor, return_dict: bool = True) -> DalleDVAEEncoderOutput | tuple:
+        """
+        Pictures to image tokens.
+
+        Args:
+            pixel_values (`torch.Tensor`): B x 3 x H x W in [0, 1]; H and W multiples of the downsampling.
+            return_dict (`bool`): `False` returns the tuple `(logits, tokens)`.
+        """
+        _, logits = self._encode(pixel_values)
+        tokens = logits.argmax(dim=1)
+        if not return_dict:
+            return logits, tokens
+        return DalleDVAEEncoderOutput(logits=logits, tokens=tokens)
+
+    @apply_forward_hook
+    def decode(self, codes: torch.Tensor, return_dict: bool = True) -> DalleDVAEDecoderOutput | tuple:
+        """
+        Image tokens to pictures.
+
+        Args:
+            codes (`torch.Tensor`): tokens, B x h x w integers in [0, K), or relaxed one-hot vectors, B x K x h x w.
+            return_dict (`bool`): `False` returns the tuple `(sample, mu, log_b)`.
+        """
+        sample, mu, log_b = self._decode(self._embed(codes))
+        if not return_dict:
+            return sample, mu, log_b
+        return DalleDVAEDecoderOutput(sample=sample, mu=mu, log_b=log_b)
+
+    def _embed(self, codes: torch.Tensor) -> torch.Tensor:
+        """Tokens or relaxed one-hot vectors through the codebook and the decoder's first convolution."""
+        vocab_size = self.config.vocab_size
+        if codes.ndim == 4 and codes.shape[1] == vocab_size and codes.is_floating_point():
+            if self.config.quantizer == "nearest":
+                codes = torch.einsum("bkhw,kd->bdhw", codes, self.codebook.codes)
+            return self.decoder.conv_in(codes)
+        if codes.ndim != 3 or codes.is_floating_point():
+            raise ValueError(
+                f"`decode` takes tokens (integers, B x h x w) or relaxed one-hot vectors (B x {vocab_size} x h x w); got"
+                f" {tuple(codes.shape)} of {codes.dtype}."
+            )
+        if codes.numel() and (codes.min() < 0 or codes.max() >= vocab_size):
+            raise ValueError(
+                f"Image tokens must lie in [0, {vocab_size}); got {codes.min().item()} to {codes.max().item()}."
+            )
+        if self.config.quantizer == "nearest":
+            return self.decoder.conv_in(self.codebook.embed_tokens(codes))
+        return self.decoder.embed_tokens(codes)
+
+    def _decode(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        mu, log_b = self.decoder(hidden_states)
+        return unmap_pixels(torch.sigmoid(mu), self.config.logit_laplace_eps), mu, log_b
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> DalleDVAEOutput | tuple:
+        """
+        The relaxed pass of training: encode, sample relaxed codes, decode.
+
+        Args:
+            pixel_values (`torch.Tensor`): B x 3 x H x W in [0, 1].
+            temperature (`float`): tau of the gumbel-softmax, above 0; as it goes to 0 the codes become one-hot samples.
+                Unused with `quantizer="nearest"`, whose gradient passes straight through.
+            generator (`torch.Generator`, *optional*): source of the gumbel noise, on the model's device.
+            return_dict (`bool`): `False` returns a tuple in the order of [`DalleDVAEOutput`].
+        """
+        if temperature <= 0:
+            raise ValueError(f"`temperature` is {temperature}; the gumbel-softmax needs one above 0.")
+        encoded, logits = self._encode(pixel_values)
+        tokens = logits.argmax(dim=1)
+        commitment_loss = logits.new_zeros(())
+        if self.config.quantizer == "nearest":
+            quantized = self.codebook.embed_tokens(tokens)
+            commitment_loss = self.config.commitment_cost * F.mse_loss(encoded, quantized)
+            hidden_states = self.decoder.conv_in(encoded + (quantized - encoded).detach())
+            if self.training:
+                self.codebook.update(encoded, tokens)
+        else:
+            relaxed = gumbel_softmax(logits, temperature, generator)
+            hidden_states = self.decoder.conv_in(relaxed)
+        sample, mu, log_b = self._decode(hidden_states)
+        if not return_dict:
+            return sample, mu, log_b, logits, tokens, commitment_loss
+        return DalleDVAEOutput(
+            sample=sample, mu=mu, log_b=log_b, logits=logits, tokens=tokens, commitment_loss=commitment_loss
+        )
+
+
+def gumbel_softmax(logits: torch.Tensor, temperature: float, generator: torch.Generator | None = None) -> torch.Tensor:
+    """
+    A relaxed one-hot sample of the categorical of `logits` over dim 1, softmax((logits + gumbel) / temperature)
+    (Jang et al. and Maddison et al., 2016). In float32 whatever the dtype, since small temperatures overflow halves.
+    """
+    noise = -torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator).log()
+    return F.softmax((logits.float() + noise) / temperature, dim=1).to(logits.dtype)

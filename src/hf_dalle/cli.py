@@ -1,0 +1,119 @@
+"""The console script `hf-dalle`: `hf-dalle draw "a caption"` writes pictures to files.
+
+Reads arguments, names files; the drawing itself is [`DALLEPipeline`]'s.
+"""
+
+import argparse
+import math
+import secrets
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from .pipeline_dalle import DALLEPipeline
+
+
+DEFAULT_CHECKPOINT = Path("checkpoints/emoji-mini")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Runs the command line.
+
+    Args:
+        argv (`list[str]`, *optional*): the arguments, by default those of the process.
+
+    Returns:
+        `int`: the exit code, 0, or 2 after an error that is the user's to mend: one line on stderr.
+    """
+    arguments = _build_parser().parse_args(argv)
+    try:
+        arguments.command(arguments)
+    except (ValueError, OSError) as error:
+        print(f"hf-dalle: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def draw(arguments: argparse.Namespace) -> None:
+    """Draws pictures of one caption and writes them to a grid or to a folder of single files."""
+    checkpoint = arguments.checkpoint or DEFAULT_CHECKPOINT
+    if arguments.checkpoint is None and not DEFAULT_CHECKPOINT.is_dir():
+        raise ValueError(f"there is no {DEFAULT_CHECKPOINT} here; name a folder or a Hub repository by --checkpoint")
+    output = Path(arguments.output or ("dalle" if arguments.no_grid else "dalle.png"))
+    if not arguments.no_grid and output.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--output {output} names no picture; end it in .png, or add --no_grid for a folder")
+    seed = secrets.randbelow(2**31) if arguments.seed is None else arguments.seed
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed {seed} is not in [0, 2**63)")
+    image = Image.open(arguments.image) if arguments.image is not None else None
+    device = _find_device(arguments.device)
+    pipeline = DALLEPipeline.from_pretrained(checkpoint, dtype=getattr(torch, arguments.dtype)).to(device)
+    images = pipeline(
+        arguments.prompt,
+        negative_prompt=arguments.negative_prompt,
+        image=image,
+        num_prefix_rows=arguments.num_prefix_rows,
+        num_images_per_prompt=arguments.num_images,
+        guidance_scale=arguments.guidance_scale,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        generator=torch.Generator().manual_seed(seed),
+    ).images
+    if arguments.no_grid:
+        output.mkdir(parents=True, exist_ok=True)
+        for index, picture in enumerate(images):
+            picture.save(output / f"{index:03}.png")
+    else:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        make_grid(images).save(output)
+    print(f"{len(images)} of {arguments.prompt!r}, seed {seed}: {output.resolve()}")
+
+
+def make_grid(images: list[Image.Image]) -> Image.Image:
+    """Pictures of one size side by side, as near to a square as they go, row by row, on white."""
+    columns = math.ceil(math.sqrt(len(images)))
+    width, height = images[0].size
+    grid = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
+    for index, image in enumerate(images):
+        grid.paste(image, (index % columns * width, index // columns * height))
+    return grid
+
+
+def _find_device(name: str | None) -> str:
+    if name is None:
+        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        return next(device for device, is_available in available.items() if is_available)
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return name
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hf-dalle", description="DALL-E: pictures from captions.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("draw", help="draw pictures of a caption")
+    command.set_defaults(command=draw)
+    add = command.add_argument
+    add("prompt", help="the caption")
+    add("--checkpoint", help=f"folder or Hub repository of a DALLEPipeline (default: {DEFAULT_CHECKPOINT}, if here)")
+    add("--num_images", type=int, default=4, help="how many pictures (default: 4)")
+    add("--seed", type=int, help="the same seed draws the same pictures (default: a new one each time)")
+    add("--output", help="file of the grid (default: dalle.png), or with --no_grid a folder (default: dalle)")
+    add("--no_grid", action="store_true", help="write each picture to a file of its own")
+    add("--negative_prompt", help="what guidance leads away from")
+    add("--image", help="a picture whose top rows are kept")
+    add("--num_prefix_rows", type=int, help="how many rows of tokens of --image are kept")
+    own = "(default: the checkpoint's own)"
+    add("--guidance_scale", type=float, help=f"1 is none, above 1 the caption counts for more {own}")
+    add("--temperature", type=float, help=f"below 1 the likely tokens count for more {own}")
+    add("--top_k", type=int, help=f"draw among the k likeliest tokens, 0 is all {own}")
+    add("--top_p", type=float, help=f"draw among the likeliest tokens that have this probability together {own}")
+    add("--device", help="cpu, cuda, mps, ... (default: the fastest here)")
+    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights")
+    return parser

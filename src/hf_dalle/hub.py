@@ -1,0 +1,50 @@
+"""What lets Hugging Face's loaders find this package's classes by name.
+
+`register_classes()` is called once, at import of `hf_dalle`; calling it again changes nothing.
+"""
+
+import diffusers
+from diffusers.pipelines import pipeline_loading_utils
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM
+from transformers.utils import logging
+
+from .configuration_dalle_prior import DallePriorConfig
+from .image_processing_dalle import DalleImageProcessor
+from .modeling_dalle_prior import DallePriorForCausalLM, DallePriorModel
+from .pipeline_dalle import DALLEPipeline
+
+
+logger = logging.get_logger(__name__)
+
+SUPPORTED_DIFFUSERS = "0.42"  # the release whose private tables are known; setup.py pins the same one
+
+
+def register_classes() -> None:
+    """Registers the classes with transformers' Auto classes, and with diffusers' pipeline loading."""
+    AutoConfig.register(DallePriorConfig.model_type, DallePriorConfig, exist_ok=True)
+    AutoModel.register(DallePriorConfig, DallePriorModel, exist_ok=True)
+    AutoModelForCausalLM.register(DallePriorConfig, DallePriorForCausalLM, exist_ok=True)
+    AutoImageProcessor.register(DallePriorConfig, image_processor_classes={"pil": DalleImageProcessor}, exist_ok=True)
+    _register_with_diffusers()
+
+
+def _register_with_diffusers() -> None:
+    # Diffusers has no public registry for other packages. With its tables filled, model_index.json names components
+    # ["hf_dalle", "Class"], which load by repo id and through `DiffusionPipeline`. Without, it would name the file
+    # that a class lives in, which then could never move, and a repo id would not load.
+    loadable = getattr(pipeline_loading_utils, "LOADABLE_CLASSES", None)
+    importable = getattr(pipeline_loading_utils, "ALL_IMPORTABLE_CLASSES", None)
+    is_known = diffusers.__version__.split(".")[:2] == SUPPORTED_DIFFUSERS.split(".")
+    if not (is_known and isinstance(loadable, dict) and isinstance(importable, dict)):
+        logger.warning_once(
+            f"diffusers {diffusers.__version__} is installed, but hf_dalle knows {SUPPORTED_DIFFUSERS} only: saving"
+            " and loading a `DALLEPipeline` will not work, but building one from its parts will. To repair it:"
+            f" pip install 'diffusers=={SUPPORTED_DIFFUSERS}.*'"
+        )
+        return
+    methods = dict.fromkeys(
+        ("DallePriorForCausalLM", "DalleDVAE", "DalleImageProcessor"), ["save_pretrained", "from_pretrained"]
+    )
+    loadable["hf_dalle"] = methods
+    importable.update(methods)
+    diffusers.DALLEPipeline = DALLEPipeline

@@ -1,0 +1,106 @@
+"""The training objectives of both stages: the dVAE's evidence lower bound and the prior's weighted cross-entropy.
+
+Functions of tensors that a model gave; no model, no schedule (the weights beta and temperature come in as numbers from
+the training script).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .logit_laplace import logit_laplace_log_prob, map_pixels
+
+
+@dataclass
+class DVAELoss:
+    """
+    The parts of [`dvae_loss`], all means over the batch.
+
+    Args:
+        loss (`torch.Tensor`): (nll + beta * kl) / (3 H W), in nats a pixel channel.
+        nll (`torch.Tensor`): -ln p(x | z), summed over the image, in nats.
+        kl (`torch.Tensor`): KL from the encoder's categorical to the uniform prior, summed over the image, in nats.
+    """
+
+    loss: torch.Tensor
+    nll: torch.Tensor
+    kl: torch.Tensor
+
+
+def kl_to_uniform(logits: torch.Tensor) -> torch.Tensor:
+    """KL divergence from the categorical of `logits` (B x K x h x w) to the uniform over K, summed over cells: (B,)."""
+    log_probs = F.log_softmax(logits.float(), dim=1)
+    return ((log_probs.exp() * log_probs).sum(dim=1) + math.log(logits.shape[1])).flatten(1).sum(dim=1)
+
+
+def dvae_loss(
+    pixel_values: torch.Tensor,
+    mu: torch.Tensor,
+    log_b: torch.Tensor,
+    logits: torch.Tensor,
+    beta: float,
+    eps: float = 0.1,
+    quantizer: str = "gumbel",
+    min_log_b: float | None = None,
+) -> DVAELoss:
+    """
+    The negative evidence lower bound of stage 1 (paper, section 2.1), divided by the number of pixel channels.
+
+    Args:
+        pixel_values (`torch.Tensor`): the pictures, B x 3 x H x W in [0, 1].
+        mu, log_b (`torch.Tensor`): the decoder's maps, B x 3 x H x W.
+        logits (`torch.Tensor`): the encoder's logits, B x K x h x w.
+        beta (`float`): weight of the KL term.
+        eps (`float`): of the pixel map.
+        quantizer (`str`): with "nearest" the posterior is one-hot and its KL the constant ln K a cell.
+        min_log_b (`float`, *optional*): a floor under `log_b`. On drawings with flat backgrounds the likelihood has no
+            upper bound (b goes to 0 where a colour is certain), and such pixels drown all others' gradients.
+    """
+    if min_log_b is not None:
+        log_b = log_b.clamp(min=min_log_b)
+    log_prob = logit_laplace_log_prob(map_pixels(pixel_values.float(), eps), mu.float(), log_b.float())
+    nll = -log_prob.flatten(1).sum(dim=1).mean()
+    if quantizer == "nearest":
+        kl = nll.new_tensor(math.log(logits.shape[1]) * logits[0, 0].numel())
+    else:
+        kl = kl_to_uniform(logits).mean()
+    return DVAELoss(loss=(nll + beta * kl) / pixel_values[0].numel(), nll=nll, kl=kl)
+
+
+def prior_loss(
+    text_logits: torch.Tensor | None,
+    text_labels: torch.Tensor | None,
+    image_logits: torch.Tensor | None,
+    image_labels: torch.Tensor | None,
+    text_loss_weight: float = 1 / 8,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """
+    Cross-entropy of stage 2 (paper, section 2.2): text tokens weigh `text_loss_weight`, image tokens the rest, each kind
+    normalised by its own count.
+
+    Args:
+        text_logits (`torch.Tensor`, *optional*): B x t x text classes.
+        text_labels (`torch.Tensor`, *optional*): B x t, the next text id or pad id; -100 is left out.
+        image_logits (`torch.Tensor`, *optional*): B x n x image classes.
+        image_labels (`torch.Tensor`, *optional*): B x n, image tokens in [0, image classes); -100 is left out.
+        text_loss_weight (`float`): in [0, 1].
+
+    Returns:
+        `(loss, text_loss, image_loss)`, scalars in nats a token; a kind that is absent (no states, or every label -100)
+        adds nothing and is `None`.
+    """
+    text_loss = _mean_cross_entropy(text_logits, text_labels)
+    image_loss = _mean_cross_entropy(image_logits, image_labels)
+    weighted = [(text_loss, text_loss_weight), (image_loss, 1 - text_loss_weight)]
+    terms = [weight * term for term, weight in weighted if term is not None]
+    if not terms:
+        raise ValueError("There is nothing to predict: every label is -100, or the stream holds a single token.")
+    return sum(terms), text_loss, image_loss
+
+
+def _mean_cross_entropy(logits: torch.Tensor | None, labels: torch.Tensor | None) -> torch.Tensor | None:
+    if logits is None or labels is None or not (labels != -100).any():
+        return None
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)

@@ -1,0 +1,450 @@
+"""The prior: a decoder-only transformer over one stream of text and image tokens (paper, section 2.2).
+
+From outer to inner: `DallePriorForCausalLM` (heads, loss, generation), `DallePriorModel` (embeddings and layers), the
+layer and its parts. The masks are defined in `image_attention.py`; drawing with a generator, guidance and prefixes
+lives in `sampling.py`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_dalle_prior import DallePriorConfig
+from .image_attention import stream_attention_mask
+from .losses import prior_loss
+
+
+@dataclass
+class DallePriorCausalLMOutput(ModelOutput):
+    """
+    Output of [`DallePriorForCausalLM`]. Losses are means in nats a token, `None` where nothing is predicted.
+
+    Args:
+        loss (`torch.Tensor`, *optional*): with `labels`; `text_loss` and `image_loss`, weighted as the config says.
+        text_loss (`torch.Tensor`, *optional*): of text ids, pads counted.
+        caption_loss (`torch.Tensor`, *optional*): of real text ids only; a figure to report, without gradient.
+        image_loss (`torch.Tensor`, *optional*): of image tokens.
+        logits (`torch.Tensor`, *optional*):
+            B x states x joint vocabulary, without `labels` only. What cannot follow a state has the lowest finite
+            number: a text state gives text and pads, the last text state start-of-image, an image state image tokens.
+        text_logits (`torch.Tensor`): B x text states x (text_vocab_size + text_length).
+        image_logits (`torch.Tensor`): B x image states x image_vocab_size.
+        past_key_values, hidden_states, attentions: as everywhere in transformers.
+    """
+
+    loss: torch.Tensor | None = None
+    text_loss: torch.Tensor | None = None
+    caption_loss: torch.Tensor | None = None
+    image_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    text_logits: torch.Tensor | None = None
+    image_logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class DallePriorPreTrainedModel(PreTrainedModel):
+    """Base class: initial weights, and which of the stream's positions are pads."""
+
+    config: DallePriorConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DallePriorLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if getattr(module, "is_residual", False):
+            # As in GPT-2: what many layers add to one residual stream keeps its scale at any depth.
+            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            init.normal_(module.weight, mean=0.0, std=std)
+
+    def _find_pads(self, attention_mask: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor | None:
+        """B x positions: which of the stream's `positions` are text positions where `attention_mask` is 0."""
+        if attention_mask is None:
+            return None
+        num_columns, text_length = attention_mask.shape[-1], self.config.text_length
+        if not torch.compiler.is_compiling():
+            num_needed = min(int(positions[-1]) + 1, text_length)
+            if attention_mask.ndim != 2 or num_columns < num_needed:
+                raise ValueError(
+                    f"`attention_mask` must be 2-D and have a column for each text position so far, {num_needed} or "
+                    f"more; got the shape {tuple(attention_mask.shape)}."
+                )
+        return (attention_mask[:, positions.clamp(max=num_columns - 1)] == 0) & (positions < text_length)
+
+
+class DallePriorForCausalLM(DallePriorPreTrainedModel, GenerationMixin):
+    """The prior with its joint head, of which text states use the text and pad rows, image states the image rows."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    # Each micro-batch has its own mean loss: transformers' Trainer must not pass a count to divide by.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: DallePriorConfig):
+        super().__init__(config)
+        self.model = DallePriorModel(config)
+        self.lm_head = DallePriorHead(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+        # The whole distribution, as in the paper: transformers' own default keeps the 50 likeliest tokens.
+        whole = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        self.generation_config.update(**whole, max_length=config.stream_length + 1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **kwargs,
+    ) -> DallePriorCausalLMOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor`):
+                B x states, ids of the joint vocabulary as [`~DallePriorForCausalLM.join_stream`] gives them. Plain
+                output of the tokenizer, padded to `text_length`, is a valid start.
+            attention_mask (`torch.Tensor`, *optional*):
+                B x columns, from the start of the stream. A text position where it is 0 gets its own learned pad,
+                attended to like any token: nothing is masked out. Beyond the text it is ignored.
+            past_key_values (`Cache`, *optional*): the states so far; the positions go on from its length.
+            inputs_embeds (`torch.Tensor`, *optional*): B x states x width, token embeddings in place of `input_ids`.
+            labels (`torch.LongTensor`, *optional*):
+                Ids like `input_ids`, usually the same tensor, -100 where nothing is to be predicted; the shift happens
+                here. The last id is a target only and gets no state: a whole stream has `stream_length + 1` ids.
+            use_cache (`bool`, *optional*): whether to return keys and values; by default not with `labels`.
+            logits_to_keep (`int`, *optional*, defaults to 0): without `labels`, logits of so many last states; 0: all.
+
+        Raises:
+            `ValueError`: for a state past the end of the stream, or a mask that does not cover the text.
+        """
+        # Read before the model counts a static cache on.
+        first_state = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        if labels is not None:
+            input_ids, inputs_embeds = (x if x is None else x[:, :-1] for x in (input_ids, inputs_embeds))
+            use_cache, logits_to_keep = bool(use_cache), 0
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state[:, -logits_to_keep:]
+        first_state += outputs.last_hidden_state.shape[1] - hidden_states.shape[1]
+        num_text_states = 0  # in a compiled graph of image states, a constant
+        if first_state < self.config.text_length:
+            num_text_states = min(self.config.text_length - first_state, hidden_states.shape[1])
+        text, image = hidden_states.tensor_split([num_text_states], dim=1)
+        text_logits = self.lm_head(text, 0, self.config.image_start_token_id)
+        image_logits = self.lm_head(image, self.config.image_token_offset, self.config.vocab_size)
+        if labels is None:
+            scores = {"logits": self._join_logits(text_logits, image_logits, first_state)}
+        else:
+            scores = self._compute_losses(text_logits, image_logits, labels, attention_mask, first_state)
+        return DallePriorCausalLMOutput(
+            **scores,
+            text_logits=text_logits,
+            image_logits=image_logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _join_logits(self, text_logits: torch.Tensor, image_logits: torch.Tensor, first_state: int) -> torch.Tensor:
+        config, lowest = self.config, torch.finfo(text_logits.dtype).min
+        text = F.pad(text_logits, (0, config.vocab_size - config.image_start_token_id), value=lowest)
+        if text.shape[1] and first_state + text.shape[1] == config.text_length:
+            text[:, -1] = lowest  # the last text state: start-of-image follows, always
+            text[:, -1, config.image_start_token_id] = 0.0
+        return torch.cat([text, F.pad(image_logits, (config.image_token_offset, 0), value=lowest)], dim=1)
+
+    def _compute_losses(self, text_logits, image_logits, labels, attention_mask, first_state: int) -> dict:
+        config, num_text_states = self.config, text_logits.shape[1]
+        # State t predicts the id of position t + 1.
+        labels = labels[:, 1:]
+        positions = torch.arange(labels.shape[1], device=labels.device) + first_state + 1
+        is_pad = self._find_pads(attention_mask, positions)
+        if is_pad is not None:
+            labels = torch.where(is_pad & (labels != -100), config.pad_token_offset + positions, labels)
+        # Start-of-image, the target of the last text state, is certain and not counted.
+        text_labels = labels.masked_fill(positions >= config.text_length, -100)[:, :num_text_states]
+        image_labels = labels[:, num_text_states:]
+        image_labels = torch.where(image_labels == -100, -100, image_labels - config.image_token_offset)
+        loss, text_loss, image_loss = prior_loss(
+            text_logits, text_labels, image_logits, image_labels, config.text_loss_weight
+        )
+        is_caption = (text_labels >= 0) & (text_labels < config.pad_token_offset)
+        caption_loss = None
+        if is_caption.any():
+            caption_loss = F.cross_entropy(text_logits.detach()[is_caption].float(), text_labels[is_caption])
+        return {"loss": loss, "text_loss": text_loss, "caption_loss": caption_loss, "image_loss": image_loss}
+
+    def join_stream(self, text_ids, attention_mask=None, image_tokens=None) -> dict[str, torch.Tensor]:
+        """
+        Joins a caption and the image tokens so far into one stream: text, pads, start-of-image, image.
+
+        Args:
+            text_ids (`torch.LongTensor`): B x text_length, as the tokenizer gives them, padded on the right.
+            attention_mask (`torch.Tensor`, *optional*): B x text_length, 0 at pads.
+            image_tokens (`torch.LongTensor`, *optional*): B x k in raster order, each in [0, image_vocab_size).
+
+        Returns:
+            `dict`: `input_ids`, B x (text_length + 1 + k) of the joint vocabulary, pads replaced, and `attention_mask`
+            of the same shape. Both go to `forward` (for a whole grid the ids are the labels too) and to `generate`.
+
+        Raises:
+            `ValueError`: for a wrong length or range, or a caption that is not padded on the right.
+        """
+        config = self.config
+        attention_mask = torch.ones_like(text_ids) if attention_mask is None else attention_mask
+        image_tokens = text_ids.new_empty(len(text_ids), 0) if image_tokens is None else image_tokens
+        if text_ids.ndim != 2 or text_ids.shape[1] != config.text_length or attention_mask.shape != text_ids.shape:
+            raise ValueError(
+                f"The text and its mask must have {config.text_length} columns each (padding='max_length'), got the "
+                f"shapes {tuple(text_ids.shape)} and {tuple(attention_mask.shape)}."
+            )
+        if (attention_mask[:, 1:] > attention_mask[:, :-1]).any() or not attention_mask[:, 0].all():
+            raise ValueError("A caption must be padded on the right only: set the tokenizer's padding_side='right'.")
+        if image_tokens.shape != (len(text_ids), min(image_tokens.shape[-1], config.num_image_tokens)):
+            raise ValueError(
+                f"Image tokens must be {len(text_ids)} rows, one for each text, of at most {config.num_image_tokens} "
+                f"tokens, got the shape {tuple(image_tokens.shape)}."
+            )
+        pad_ids = config.pad_token_offset + torch.arange(config.text_length, device=text_ids.device)
+        text_ids = torch.where(attention_mask == 0, pad_ids, text_ids)
+        _check_range("Text ids", text_ids.where(text_ids != pad_ids, 0), config.text_vocab_size)
+        _check_range("Image tokens", image_tokens, config.image_vocab_size)
+        start = text_ids.new_full((len(text_ids), 1), config.image_start_token_id)
+        input_ids = torch.cat([text_ids, start, image_tokens.to(text_ids) + config.image_token_offset], dim=1)
+        num_ones = input_ids.shape[1] - config.text_length
+        return {"input_ids": input_ids, "attention_mask": F.pad(attention_mask, (0, num_ones), value=1)}
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.LongTensor | None = None, generation_config=None, **kwargs):
+        """
+        Draws image tokens with transformers' loop; `sampling.draw_image_tokens` has guidance and generators.
+
+        Args:
+            inputs or input_ids (`torch.LongTensor`):
+                B x text_length, plain output of the tokenizer; or what [`~DallePriorForCausalLM.join_stream`] gives.
+            attention_mask (`torch.Tensor`, *optional*): of the same shape, 0 at pads.
+            generation_config, kwargs: as for [`~transformers.GenerationMixin.generate`].
+
+        Returns:
+            As there; the ids are B x (text_length + 1 + image tokens) of the joint vocabulary, pads replaced. An image
+            token is its id minus `config.image_token_offset`; by default they fill the grid exactly.
+
+        Raises:
+            `ValueError`: as [`~DallePriorForCausalLM.join_stream`], or where the image would outgrow its grid.
+        """
+        config, input_ids = self.config, kwargs.pop("input_ids", inputs)
+        if input_ids is None or input_ids.ndim != 2:
+            raise ValueError("`generate` needs `input_ids`, B x text_length: what the tokenizer gives for captions.")
+        text_ids, start, image_ids = input_ids.tensor_split([config.text_length, config.text_length + 1], dim=1)
+        if (start != config.image_start_token_id).any():
+            raise ValueError(f"After the text comes start-of-image, {config.image_start_token_id}: use `join_stream`.")
+        mask = kwargs.pop("attention_mask", None)
+        mask = mask if mask is None else mask[:, : config.text_length]
+        # The pads are replaced before the loop, so that no step and no kind of cache needs the mask.
+        stream = self.join_stream(text_ids, mask, image_ids - config.image_token_offset)
+        return super().generate(stream["input_ids"], generation_config, **kwargs)
+
+    @staticmethod
+    def create_masks_for_generate(**kwargs) -> None:
+        """No mask: the layers look theirs up by position, for static caches too."""
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: continuous batching builds plain causal masks and would draw wrong images without an error."""
+        raise ValueError(
+            "Continuous batching (`generate_batch`, cache_implementation='paged') knows no row, column or conv "
+            "attention. Use `generate` with a batch of captions."
+        )
+
+
+def _check_range(name: str, ids: torch.Tensor, size: int):
+    if ids.numel() and (ids.min() < 0 or ids.max() >= size):
+        raise ValueError(f"{name} must be in [0, {size}), got {ids.min()} to {ids.max()}: of another model?")
+
+
+class DallePriorHead(nn.Linear):
+    """A linear head of which a call computes the rows from `start` to `stop` only."""
+
+    def forward(self, hidden_states: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        return F.linear(hidden_states, self.weight[start:stop])
+
+
+class DallePriorModel(DallePriorPreTrainedModel):
+    """Embeddings, layers and the final norm: ids of the joint vocabulary to states of the stream."""
+
+    def __init__(self, config: DallePriorConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.text_position_embedding = nn.Embedding(config.text_length, config.hidden_size)
+        self.image_row_embedding = nn.Embedding(config.image_grid_size, config.hidden_size)
+        self.image_column_embedding = nn.Embedding(config.image_grid_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList([DallePriorLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Arguments and errors as for [`DallePriorForCausalLM`]; gives B x states x width."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        length, config = past_length + hidden_states.shape[1], self.config
+        # A static cache counts in a tensor, which a compiled graph must not read.
+        if not torch.compiler.is_compiling() and length > config.stream_length:
+            raise ValueError(
+                f"The stream has {config.stream_length} states ({config.text_length} of text, "
+                f"{config.num_image_tokens} of the image), but {int(length)} are asked for: the image is complete."
+            )
+        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past_length
+        is_pad = self._find_pads(attention_mask, positions)
+        if is_pad is not None:
+            pads = self.embed_tokens(config.pad_token_offset + positions.clamp(max=config.text_length - 1))
+            hidden_states = torch.where(is_pad[..., None], pads, hidden_states)
+        masks = self._attention_masks(positions, past_key_values)
+        hidden_states = self.dropout(hidden_states + self._embed_positions(positions))
+        for layer in self.layers:
+            mask = masks[layer.attention_type]
+            hidden_states = layer(hidden_states, attention_mask=mask, past_key_values=past_key_values, **kwargs)
+        return BaseModelOutputWithPast(self.norm(hidden_states), past_key_values)
+
+    def _embed_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        # Both kinds are looked up for every position, so that a static cache's tensor of a position needs no reading.
+        config = self.config
+        cells = (positions - config.text_length).clamp(min=0)
+        rows = torch.div(cells, config.image_grid_size, rounding_mode="floor")
+        image = self.image_row_embedding(rows) + self.image_column_embedding(cells % config.image_grid_size)
+        text = self.text_position_embedding(positions.clamp(max=config.text_length - 1))
+        return torch.where((positions < config.text_length)[:, None], text, image)
+
+    def _attention_masks(self, positions: torch.Tensor, past_key_values: Cache | None) -> dict:
+        """For each attention type that a layer has: bool, 1 x 1 x states x keys."""
+        config, num_keys = self.config, len(positions)
+        if past_key_values is not None:
+            num_keys, _ = past_key_values.get_mask_sizes(num_keys, 0)
+        masks = {}
+        for kind in dict.fromkeys(config.attention_types):
+            mask = stream_attention_mask(
+                kind, config.text_length, config.image_grid_size, config.conv_kernel_size, positions.device
+            )
+            # states x stream -> 1 x 1 x states x keys; a static cache may be longer than the stream
+            mask = F.pad(mask[positions], (0, max(num_keys - config.stream_length, 0)))
+            masks[kind] = mask[None, None, :, :num_keys]
+        if config._attn_implementation == "sdpa" and num_keys == len(positions):
+            masks["full"] = None  # causal from the start, which SDPA does faster without a mask
+        return masks
+
+
+class DallePriorLayer(GradientCheckpointingLayer):
+    """A pre-LN transformer layer: attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: DallePriorConfig, layer_idx: int):
+        super().__init__()
+        self.attention_type = config.attention_types[layer_idx]
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = DallePriorAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = DallePriorMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+
+class DallePriorAttention(nn.Module):
+    """Multi-head attention whose mask says which of the earlier states a state sees."""
+
+    def __init__(self, config: DallePriorConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.o_proj.is_residual = True
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+        # B x states x width -> B x heads x states x head width
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        kwargs.update(scaling=self.scaling, dropout=dropout)
+        output, weights = attend(self, query, key, value, attention_mask, **kwargs)
+        # B x states x heads x head width -> B x states x width
+        return self.o_proj(output.flatten(2)), weights
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention step by step, the one that can return its weights; the mask is bool, `True` where a key is seen."""
+    scores = (query @ key.transpose(-1, -2)) * scaling
+    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class DallePriorMLP(nn.Module):
+    """Two linear layers with the activation between them."""
+
+    def __init__(self, config: DallePriorConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc2.is_residual = True
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+DallePriorPreTrainedModel._can_record_outputs = {"hidden_states": DallePriorLayer, "attentions": DallePriorAttention}
+
+__all__ = ["DallePriorCausalLMOutput", "DallePriorForCausalLM", "DallePriorModel", "DallePriorPreTrainedModel"]

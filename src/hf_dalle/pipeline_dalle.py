@@ -1,0 +1,447 @@
+"""`DALLEPipeline`: from captions to pictures in numbered steps, wiring tokenizer, prior, dVAE and reranker.
+
+How tokens are drawn lives in `sampling.py`; what makes `DiffusionPipeline.from_pretrained` know this class lives in
+`hub.py`.
+"""
+
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput, logging
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+
+from .autoencoder_dalle_dvae import DalleDVAE
+from .image_processing_dalle import DalleImageProcessor
+from .modeling_dalle_prior import DallePriorForCausalLM
+from .reranking import rank_images
+from .sampling import draw_image_tokens, resolve_settings, spawn_generators
+from .tokenization_dalle import encode_captions
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class DALLEPipelineOutput(BaseOutput):
+    """
+    Output of [`DALLEPipeline`], B prompts times n pictures, a prompt's pictures side by side.
+
+    Args:
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
+            Pictures as `output_type` says, or image tokens B * n x grid x grid.
+        scores (`torch.Tensor`, *optional*): B * n, the reranker's; each prompt's pictures come best first.
+        nsfw_content_detected (`list[bool]`, *optional*): B * n, the safety checker's.
+    """
+
+    images: list[Image.Image] | np.ndarray | torch.Tensor
+    scores: torch.Tensor | None = None
+    nsfw_content_detected: list[bool] | None = None
+
+
+class DALLEPipeline(DiffusionPipeline):
+    r"""
+    Draws pictures from captions, as in "Zero-Shot Text-to-Image Generation" (Ramesh et al., 2021): the prior draws
+    image tokens, the dVAE decodes them.
+
+    This model inherits from [`DiffusionPipeline`], which saves, loads and moves it.
+
+    Args:
+        prior ([`DallePriorForCausalLM`]): the transformer over text and image tokens.
+        dvae ([`DalleDVAE`]): turns image tokens into pictures, and pictures into tokens.
+        tokenizer (`PreTrainedTokenizerFast`): of captions.
+        image_processor ([`DalleImageProcessor`]): of pictures given and returned.
+        reranker (`PreTrainedModel`, *optional*): a CLIP-like model; sorts each prompt's pictures, best first.
+        reranker_processor (`ProcessorMixin`, *optional*): the reranker's own processor.
+        safety_checker (`Callable`, *optional*):
+            Called as `safety_checker(images=...)` with a numpy array B x H x W x 3 in [0, 1]; returns such an array
+            and a list of B booleans.
+
+    Raises:
+        ValueError: if the parts do not fit each other.
+    """
+
+    model_cpu_offload_seq = "prior->dvae->safety_checker->reranker"
+    _optional_components = ["reranker", "reranker_processor", "safety_checker"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        prior: DallePriorForCausalLM,
+        dvae: DalleDVAE,
+        tokenizer: PreTrainedTokenizerFast,
+        image_processor: DalleImageProcessor,
+        reranker: PreTrainedModel | None = None,
+        reranker_processor: ProcessorMixin | None = None,
+        safety_checker: Callable | None = None,
+    ):
+        super().__init__()
+        _check_fit(prior, dvae, tokenizer, image_processor)
+        if (reranker is None) != (reranker_processor is None):
+            raise ValueError("`reranker` and `reranker_processor` belong together: give both, or neither.")
+        self.register_modules(
+            prior=prior,
+            dvae=dvae,
+            tokenizer=tokenizer,
+            image_processor=image_processor,
+            reranker=reranker,
+            reranker_processor=reranker_processor,
+            safety_checker=safety_checker,
+        )
+        self._guidance_scale, self._num_timesteps, self._interrupt = 1.0, 0, False
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance scale of the current or last call."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """How many image tokens a picture that call draws."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether drawing stops after this token: a callback may set `pipe._interrupt = True`."""
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None = None,
+        image: Image.Image | np.ndarray | torch.Tensor | list | None = None,
+        num_prefix_rows: int | None = None,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["DALLEPipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> DALLEPipelineOutput | tuple:
+        r"""
+        Draws `num_images_per_prompt` pictures for each prompt.
+
+        Args:
+            prompt (`str` or `list[str]`):
+                B captions. `""` draws without one, if the prior was trained with caption dropout.
+            negative_prompt (`str` or `list[str]`, *optional*):
+                What guidance leads away from; by default no caption at all. Unused without guidance.
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or list of them, *optional*):
+                One picture, or one a prompt, of which the top rows of tokens are kept (paper, section 3.3).
+            num_prefix_rows (`int`, *optional*): how many rows, from 1 to the grid's size less 1; needed with `image`.
+            num_images_per_prompt (`int`, *optional*, defaults to 1): n.
+            guidance_scale (`float`, *optional*): 1 is none; above 1 the caption counts for more.
+            temperature (`float`, *optional*): above 0; below 1 the likely tokens count for more.
+            top_k (`int`, *optional*): draw among the k likeliest tokens; 0 is all of them.
+            top_p (`float`, *optional*): in (0, 1]; draw among the likeliest tokens with this probability together.
+                These four default to the checkpoint's own, in the prior's `generation_config`.
+            generator (`torch.Generator` or list of them, *optional*):
+                One for all pictures, or one a picture. The same seed gives the same picture in any batch.
+            latents (`torch.LongTensor`, *optional*):
+                Image tokens to start from, (B * n) x k or (B * n) x rows x grid; a full grid is only decoded.
+            output_type (`str`, *optional*, defaults to `"pil"`):
+                `"pil"`, `"np"`, `"pt"`, or `"latent"` for the image tokens themselves, neither checked nor reranked.
+            return_dict (`bool`, *optional*, defaults to `True`): `False` returns a tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                Called after each token as `callback(pipe, step, cell, {"latents": tokens})` with a copy of the tokens,
+                (B * n) x grid x grid, -1 where nothing was drawn. It may return such a dict with other tokens in this
+                cell, which drawing goes on from.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): what that dict holds; only `latents` exists.
+
+        Returns:
+            [`DALLEPipelineOutput`], or the tuple `(images, scores, nsfw_content_detected)`.
+
+        Raises:
+            ValueError: for an argument of a wrong type or outside its range; nothing has been drawn then.
+        """
+        # 1. Check the inputs; settings that are not given are the checkpoint's
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        self.check_inputs(
+            prompts, negative_prompt, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs
+        )
+        num_images = len(prompts) * num_images_per_prompt
+        self._check_prefix(image, num_prefix_rows, latents, num_images)
+        settings = resolve_settings(self.prior.generation_config, guidance_scale, temperature, top_k, top_p)
+        generators = spawn_generators(generator, num_images)
+        self._guidance_scale, self._interrupt = settings["guidance_scale"], False
+
+        # 2. Encode the prompts
+        text_inputs = self.encode_prompt(prompts, negative_prompt, settings["guidance_scale"] > 1)
+
+        # 3. Encode the rows of the picture that are kept
+        prefix = latents.flatten(1).to(self._execution_device, torch.int64) if latents is not None else None
+        if image is not None:
+            prefix = self.encode_image_prefix(image, num_prefix_rows, len(prompts))
+
+        # 4. Draw the image tokens
+        tokens = self._draw_tokens(
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            image_prefix=prefix,
+            generators=generators,
+            num_images_per_prompt=num_images_per_prompt,
+            **text_inputs,
+            **settings,
+        )
+
+        # 5. Decode them
+        scores = has_nsfw_concepts = None
+        if output_type == "latent":
+            images = tokens.unflatten(1, (self.dvae.image_grid_size, -1))
+        else:
+            images = self.decode_tokens(tokens)
+
+            # 6. Check and rerank the pictures
+            images, has_nsfw_concepts = self._check_safety(images)
+            images, scores, has_nsfw_concepts = self._rerank(prompts, images, has_nsfw_concepts)
+
+            # 7. Put the pictures into the form that is asked for
+            images = self.image_processor.postprocess(images, output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return images, scores, has_nsfw_concepts
+        return DALLEPipelineOutput(images=images, scores=scores, nsfw_content_detected=has_nsfw_concepts)
+
+    def check_inputs(
+        self,
+        prompts: list[str],
+        negative_prompt: str | list[str] | None,
+        num_images_per_prompt: int,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+    ) -> None:
+        """Raises `ValueError` for what `__call__` cannot draw from."""
+        _check_strings("prompt", prompts)
+        if negative_prompt is not None and not isinstance(negative_prompt, str):
+            _check_strings("negative_prompt", negative_prompt)
+            if len(negative_prompt) != len(prompts):
+                raise ValueError(f"There are {len(negative_prompt)} negative prompts for {len(prompts)} prompts.")
+        if self.prior.config.caption_dropout == 0 and not all(prompt.strip() for prompt in prompts):
+            raise ValueError("A prompt is empty, which only a prior trained with caption dropout can draw from.")
+        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+            raise ValueError(f"`num_images_per_prompt` is {num_images_per_prompt!r}; expected a whole number from 1.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` is {output_type!r}; expected 'pil', 'np', 'pt' or 'latent'.")
+        unknown = sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs))
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` holds {unknown}; it may hold {self._callback_tensor_inputs}."
+            )
+
+    def _check_prefix(self, image: Any, num_prefix_rows: int | None, latents: Any, num_images: int) -> None:
+        grid_size, num_codes = self.dvae.image_grid_size, self.dvae.config.vocab_size
+        if image is not None and latents is not None:
+            raise ValueError("Both `image` and `latents` are given; a picture can start from one of them.")
+        if (image is None) != (num_prefix_rows is None):
+            raise ValueError("`image` and `num_prefix_rows` belong together: a picture, and how many rows of it stay.")
+        if num_prefix_rows is not None and not (isinstance(num_prefix_rows, int) and 0 < num_prefix_rows < grid_size):
+            raise ValueError(
+                f"`num_prefix_rows` is {num_prefix_rows!r}; a picture has {grid_size} rows of tokens, of which 1 to"
+                f" {grid_size - 1} can be kept."
+            )
+        if latents is None:
+            return
+        shape, dtype = getattr(latents, "shape", ()), getattr(latents, "dtype", type(latents))
+        is_flat, is_grid = len(shape) == 2, len(shape) == 3 and shape[2] == grid_size
+        if dtype not in (torch.int64, torch.int32) or not (is_flat or is_grid) or shape[0] != num_images:
+            raise ValueError(
+                f"`latents` are image tokens, integers of shape {num_images} x k or {num_images} x rows x {grid_size};"
+                f" got {tuple(shape)} of {dtype}."
+            )
+        if not 0 < latents[0].numel() <= grid_size**2 or latents.min() < 0 or latents.max() >= num_codes:
+            raise ValueError(f"`latents` hold 1 to {grid_size**2} tokens a picture, each in [0, {num_codes}).")
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = False,
+    ) -> dict[str, torch.Tensor]:
+        """
+        Turns captions into ids; what is too long for the prior is cut with a warning that quotes it.
+
+        Args:
+            prompt (`str` or `list[str]`): B captions.
+            negative_prompt (`str` or `list[str]`, *optional*): one for all, or B; by default none at all.
+            do_classifier_free_guidance (`bool`): whether the negative prompts are needed.
+
+        Returns:
+            `dict`: `text_ids` and `attention_mask`, and with guidance the same with `negative_` in front; each B x T.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        captions = {"": prompts}
+        if do_classifier_free_guidance:
+            negative_prompt = negative_prompt or ""
+            is_one = isinstance(negative_prompt, str)
+            captions["negative_"] = [negative_prompt] * len(prompts) if is_one else negative_prompt
+            if self.prior.config.caption_dropout == 0:
+                logger.warning(
+                    "Guidance is on (`guidance_scale` above 1), but this prior was trained without caption dropout: it"
+                    " never saw a picture without its caption, and guidance may make its pictures worse."
+                )
+        elif negative_prompt is not None:
+            logger.warning("`negative_prompt` has no effect: there is no guidance at a `guidance_scale` of 1.")
+        text_inputs = {}
+        for prefix, batch in captions.items():
+            encoded = encode_captions(self.tokenizer, batch, self.prior.config.text_length).to(self._execution_device)
+            text_inputs[f"{prefix}text_ids"] = encoded["input_ids"]
+            text_inputs[f"{prefix}attention_mask"] = encoded["attention_mask"]
+        return text_inputs
+
+    def encode_image_prefix(self, image: Any, num_prefix_rows: int, num_prompts: int) -> torch.Tensor:
+        """
+        Encodes pictures and keeps their top rows of tokens (paper, section 3.3).
+
+        Args:
+            image: one picture, or one a prompt, as [`DalleImageProcessor`] takes them.
+            num_prefix_rows (`int`): rows of tokens to keep.
+            num_prompts (`int`): B.
+
+        Returns:
+            `torch.LongTensor`: B x (rows * grid).
+        """
+        pixel_values = self.image_processor.preprocess(image).pixel_values
+        if len(pixel_values) not in (1, num_prompts):
+            raise ValueError(f"There are {len(pixel_values)} pictures for {num_prompts} prompts: give 1 or as many.")
+        tokens = self.dvae.encode(pixel_values.to(self._execution_device, self.dvae.dtype)).tokens
+        return tokens[:, :num_prefix_rows].flatten(1).expand(num_prompts, -1)
+
+    def decode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Image tokens, B x (grid * grid), to pictures, B x 3 x H x W in [0, 1]."""
+        return self.dvae.decode(tokens.unflatten(1, (self.dvae.image_grid_size, -1))).sample
+
+    def _draw_tokens(
+        self,
+        callback: Callable | None,
+        callback_tensor_inputs: Sequence[str],
+        image_prefix: torch.Tensor | None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Image tokens, (B * n) x N; of an interrupted drawing those missing are a mean-grey patch's."""
+        num_given = image_prefix.shape[1] if image_prefix is not None else 0
+        self._num_timesteps = self.prior.config.num_image_tokens - num_given
+        if self._num_timesteps == 0:
+            return image_prefix
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+            drawing = draw_image_tokens(self.prior, image_prefix=image_prefix, **kwargs)
+            for step, (cell, tokens) in enumerate(drawing):
+                if callback is not None:
+                    self._call_back(callback, callback_tensor_inputs, step, cell, tokens)
+                progress_bar.update()
+                if self.interrupt:
+                    break
+        missing = tokens < 0
+        return torch.where(missing, self._grey_token(), tokens) if missing.any() else tokens
+
+    def _call_back(
+        self, callback: Callable, tensor_inputs: Sequence[str], step: int, cell: int, tokens: torch.Tensor
+    ) -> None:
+        grid = tokens.unflatten(1, (self.dvae.image_grid_size, -1))  # a view
+        returned = callback(self, step, cell, {name: grid.clone() for name in tensor_inputs}) or {}
+        changed, num_codes = returned.get("latents", grid), self.dvae.config.vocab_size
+        is_cell = (torch.arange(tokens.shape[1], device=tokens.device) == cell).view_as(grid[0])
+        is_kept = changed.shape == grid.shape and torch.equal(changed[:, ~is_cell], grid[:, ~is_cell])
+        if not is_kept or changed[:, is_cell].min() < 0 or changed.max() >= num_codes:
+            raise ValueError(f"A callback may change the tokens of cell {cell} only, to others in [0, {num_codes}).")
+        grid.copy_(changed)
+
+    def _grey_token(self) -> torch.Tensor:
+        size = self.dvae.config.sample_size
+        grey = torch.full((1, 3, size, size), 0.5, device=self._execution_device, dtype=self.dvae.dtype)
+        return self.dvae.encode(grey).tokens.flatten().mode().values
+
+    def _check_safety(self, images: torch.Tensor) -> tuple[torch.Tensor, list[bool] | None]:
+        if self.safety_checker is None:
+            return images, None
+        checked, has_nsfw_concepts = self.safety_checker(images=self.image_processor.postprocess(images, "np"))
+        return torch.as_tensor(checked).movedim(-1, 1), list(has_nsfw_concepts)
+
+    def _rerank(
+        self, prompts: list[str], images: torch.Tensor, has_nsfw_concepts: list[bool] | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[bool] | None]:
+        """Sorts each prompt's pictures, (B * n) x 3 x H x W, and what is known of them, best first."""
+        if self.reranker is None:
+            return images, None, has_nsfw_concepts
+        pictures = self.image_processor.postprocess(images, "pil")
+        order, scores = rank_images(self.reranker, self.reranker_processor, prompts, pictures)
+        if has_nsfw_concepts is not None:
+            has_nsfw_concepts = [has_nsfw_concepts[index] for index in order]
+        return images[order], scores, has_nsfw_concepts
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "DALLEPipeline":
+        """
+        As [`DiffusionPipeline.from_pretrained`], from a folder or a repository of the Hub.
+
+        Raises:
+            OSError: if a file is missing or damaged, which is named.
+            ValueError: if the parts do not fit each other.
+        """
+        if Path(pretrained_model_name_or_path).is_dir():
+            _check_folder(Path(pretrained_model_name_or_path), given=kwargs.keys())
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The content of model_index.json, without the place that this pipeline was loaded from."""
+        config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def _check_strings(name: str, values: Any) -> None:
+    if not isinstance(values, list | tuple) or not values or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"`{name}` must be a string or a list of strings, at least one; got {values!r}.")
+
+
+def _check_fit(prior, dvae, tokenizer, image_processor) -> None:
+    if any(part is None for part in (prior, dvae, tokenizer, image_processor)):
+        raise ValueError("A `DALLEPipeline` needs all of `prior`, `dvae`, `tokenizer` and `image_processor`.")
+    config, num_ids, size = prior.config, len(tokenizer), image_processor.size.height
+    pairs = [
+        ("dvae.config.vocab_size", dvae.config.vocab_size, "prior.config.image_vocab_size", config.image_vocab_size),
+        ("dvae.image_grid_size", dvae.image_grid_size, "prior.config.image_grid_size", config.image_grid_size),
+        ("tokenizer.model_max_length", tokenizer.model_max_length, "prior.config.text_length", config.text_length),
+        ("image_processor.size", size, "dvae.config.sample_size", dvae.config.sample_size),
+        ("len(tokenizer)", num_ids, "prior.config.text_vocab_size", min(num_ids, config.text_vocab_size)),
+    ]
+    for name, number, other_name, other_number in pairs:
+        if number != other_number:
+            raise ValueError(f"The parts do not fit: `{name}` is {number}, but `{other_name}` is {other_number}.")
+
+
+_NEEDED_FILES = {
+    "prior": ["config.json", "*.safetensors"],
+    "dvae": ["config.json", "*.safetensors"],
+    "tokenizer": ["tokenizer.json", "tokenizer_config.json"],
+    "image_processor": ["preprocessor_config.json"],
+}
+
+
+def _check_folder(folder: Path, given: Collection[str]) -> None:
+    """Raises an `OSError` that names the file where a saved pipeline lacks one, or one is cut short."""
+    needed = [f"{part}/{name}" for part, names in _NEEDED_FILES.items() if part not in given for name in names]
+    for name in ["model_index.json", *needed]:
+        if not any(folder.glob(name)):
+            raise OSError(f"{folder / name} is missing: {folder} is not a whole `DALLEPipeline`.")
+    for path in folder.glob("*/*"):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass  # opening compares the header with the file's length
+        except (ValueError, SafetensorError) as error:
+            raise OSError(f"{path} is damaged or cut short ({error}). Copy or download it again.") from error

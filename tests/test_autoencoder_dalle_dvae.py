@@ -1,0 +1,219 @@
+"""The dVAE: its quantizers against brute force, its shortcuts against the long way, the released shape against FLAVA."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import build_dvae
+from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
+
+from hf_dalle import DalleDVAE
+from hf_dalle.autoencoder_dalle_dvae import gumbel_softmax
+from hf_dalle.logit_laplace import map_pixels
+
+
+@pytest.fixture
+def pixels():
+    return torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("quantizer", ["gumbel", "nearest"])
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_shapes(pixels, quantizer, patch_size):
+    dvae = build_dvae(quantizer=quantizer, codebook_dim=6, patch_size=patch_size)
+    side = 4 // patch_size
+    encoded = dvae.encode(pixels)
+    assert encoded.logits.shape == (2, 16, side, side) and encoded.tokens.shape == (2, side, side)
+    decoded = dvae.decode(encoded.tokens)
+    for maps in (decoded.sample, decoded.mu, decoded.log_b):
+        assert maps.shape == pixels.shape
+    assert decoded.sample.min() >= 0 and decoded.sample.max() <= 1
+    assert dvae(pixels, temperature=0.5).sample.shape == pixels.shape
+    assert dvae.downsampling_factor == 4 * patch_size and dvae.image_grid_size == 16 // dvae.downsampling_factor
+    assert dvae.encode(pixels, return_dict=False)[1].equal(encoded.tokens)
+
+
+@pytest.mark.parametrize("quantizer", ["gumbel", "nearest"])
+def test_tokens_decode_as_their_one_hot_vectors(pixels, quantizer):
+    dvae = build_dvae(quantizer=quantizer, codebook_dim=6)
+    tokens = dvae.encode(pixels).tokens
+    one_hot = F.one_hot(tokens, 16).movedim(-1, 1).float()
+    torch.testing.assert_close(dvae.decode(tokens).mu, dvae.decode(one_hot).mu)
+
+
+def test_decoder_equals_the_paper_order_of_upsampling(pixels):
+    """Upsample, then the whole block, as the paper writes it."""
+    dvae = build_dvae(decoder_block_out_channels=(16, 12, 8))
+    tokens = dvae.encode(pixels).tokens
+    hidden_states = dvae.decoder.conv_in(F.one_hot(tokens, 16).movedim(-1, 1).float())
+    for index, group in enumerate(dvae.decoder.groups):
+        if index > 0:
+            hidden_states = F.interpolate(hidden_states, scale_factor=2, mode="nearest")
+        for block in group:
+            residual = hidden_states
+            for convolution in (block.conv_1, block.conv_2, block.conv_3, block.conv_4):
+                residual = convolution(F.relu(residual))
+            hidden_states = block.shortcut(hidden_states) + block.residual_scale * residual
+    maps = dvae.decoder.conv_out(F.relu(hidden_states))
+    decoded = dvae.decode(tokens)
+    torch.testing.assert_close(torch.cat([decoded.mu, decoded.log_b], dim=1), maps)
+
+
+def test_residual_scale_is_one_over_the_square_of_the_number_of_blocks():
+    dvae = build_dvae(layers_per_block=2)
+    scales = {
+        block.residual_scale for part in (dvae.encoder, dvae.decoder) for group in part.groups for block in group
+    }
+    assert scales == {1 / 36}
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_gumbel_softmax_at_zero_temperature_is_the_argmax_of_the_noisy_logits(seed):
+    logits = torch.randn(2, 7, 3, 3, generator=torch.Generator().manual_seed(seed))
+    hard = gumbel_softmax(logits, 1e-6, torch.Generator().manual_seed(seed + 1))
+    noise = -torch.empty_like(logits).exponential_(generator=torch.Generator().manual_seed(seed + 1)).log()
+    expected = F.one_hot((logits + noise).argmax(1), 7).movedim(-1, 1).float()
+    torch.testing.assert_close(hard, expected)
+
+
+def test_gumbel_noise_samples_the_categorical():
+    logits = torch.tensor([0.0, 1.0, -1.0, 2.0])[None, :, None, None].expand(1, 4, 200, 200)
+    drawn = gumbel_softmax(logits, 1e-4, torch.Generator().manual_seed(0)).mean(dim=(0, 2, 3))
+    torch.testing.assert_close(drawn, logits[0, :, 0, 0].softmax(0), atol=0.01, rtol=0)
+
+
+def test_forward_follows_confident_logits(pixels):
+    """With logits far apart the relaxed pass at a small temperature is the pass through the tokens."""
+    dvae = build_dvae()
+    with torch.no_grad():
+        dvae.encoder.conv_out.weight.mul_(1e4)
+    output = dvae(pixels, temperature=1e-3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(output.mu, dvae.decode(output.tokens).mu, atol=1e-4, rtol=1e-4)
+    again = dvae(pixels, temperature=1e-3, generator=torch.Generator().manual_seed(0))
+    assert again.mu.equal(output.mu)
+
+
+def test_nearest_is_brute_force(pixels):
+    dvae = build_dvae(quantizer="nearest", codebook_dim=6)
+    encoded = dvae.encoder(map_pixels(pixels))
+    output = dvae.encode(pixels)
+    for b in range(2):
+        for row in range(4):
+            for column in range(4):
+                distances = (dvae.codebook.codes - encoded[b, :, row, column]).square().sum(1)
+                torch.testing.assert_close(output.logits[b, :, row, column], -distances, atol=1e-4, rtol=1e-4)
+                assert output.tokens[b, row, column] == distances.argmin()
+
+
+def test_nearest_straight_through_gradient_and_commitment(pixels):
+    dvae = build_dvae(quantizer="nearest", codebook_dim=6)
+    output = dvae(pixels)
+    torch.testing.assert_close(output.mu, dvae.decode(output.tokens).mu, atol=1e-5, rtol=1e-5)
+    encoded = dvae.encoder(map_pixels(pixels))
+    expected = 0.25 * (encoded - dvae.codebook.embed_tokens(output.tokens)).square().mean()
+    assert output.commitment_loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    output.mu.sum().backward()
+    assert dvae.encoder.conv_in.weight.grad.abs().sum() > 0
+
+
+def test_codebook_update_is_the_moving_average():
+    dvae = build_dvae(quantizer="nearest", codebook_dim=2, codebook_decay=0.9)
+    codebook = dvae.codebook
+    codebook.codes.copy_(torch.arange(32.0).view(16, 2))
+    codebook.ema_sum.copy_(codebook.codes)
+    vectors = torch.tensor([[0.0, 1.0], [0.5, 1.5], [4.0, 5.0]])  # the first two nearest to code 0, the last to code 2
+    codebook.update(vectors.T[None, :, None, :], torch.tensor([[[0, 0, 2]]]))
+    counts = torch.tensor([0.9 + 0.1 * 2, 0.9, 0.9 + 0.1])
+    sums = 0.9 * torch.arange(6.0).view(3, 2) + 0.1 * torch.tensor([[0.5, 2.5], [0.0, 0.0], [4.0, 5.0]])
+    torch.testing.assert_close(codebook.codes[:3], sums / counts[:, None], rtol=1e-3, atol=1e-4)
+    before = codebook.codes.clone()
+    dvae.eval()(torch.rand(1, 3, 16, 16))
+    assert codebook.codes.equal(before)
+    dvae.train()(torch.rand(1, 3, 16, 16))
+    assert not codebook.codes.equal(before)
+
+
+@pytest.mark.parametrize("quantizer", ["gumbel", "nearest"])
+def test_save_and_load(pixels, quantizer, tmp_path):
+    dvae = build_dvae(quantizer=quantizer, codebook_dim=6, patch_size=2)
+    dvae.save_pretrained(tmp_path)
+    loaded = DalleDVAE.from_pretrained(tmp_path)
+    assert loaded.config == dvae.config
+    assert loaded.encode(pixels).logits.equal(dvae.encode(pixels).logits)
+    tokens = dvae.encode(pixels).tokens
+    assert loaded.decode(tokens).sample.equal(dvae.decode(tokens).sample)
+    half = DalleDVAE.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert half.decode(tokens).sample.dtype == torch.bfloat16
+
+
+def test_released_openai_shape_equals_flava():
+    """K = 8192, 256 x 256: every token and logit of transformers' codebook with the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        flava = FlavaImageCodebook(FlavaImageCodebookConfig()).eval()
+        for parameter in flava.parameters():  # random biases too: a bias that is lost must be seen
+            torch.nn.init.normal_(parameter, std=0.02 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
+        dvae = DalleDVAE().eval()
+    source, target = flava.state_dict(), {}
+    for name in dvae.encoder.state_dict():
+        key = name.replace("conv_in.", "blocks.input.").replace("conv_out.", "blocks.output.conv.")
+        if name.startswith("groups."):
+            _, group, block, layer, kind = name.split(".")
+            path = "id_path" if layer == "shortcut" else f"res_path.path.{layer}"
+            key = f"blocks.group_{int(group) + 1}.group.block_{int(block) + 1}.{path}.{kind}"
+        target[name] = source.pop(key)
+    assert not source
+    dvae.encoder.load_state_dict(target)
+    pixels = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        output = dvae.encode(pixels)
+        logits = flava.blocks(map_pixels(pixels))
+        tokens = flava.get_codebook_indices(map_pixels(pixels))
+    assert output.logits.shape == (1, 8192, 32, 32)
+    assert output.logits.equal(logits) and output.tokens.equal(tokens)
+    assert output.tokens.unique().numel() > 1
+
+
+def test_default_decoder_has_the_released_shape():
+    with torch.device("meta"):
+        decoder = DalleDVAE().decoder.state_dict()
+    assert decoder["conv_in.weight"].shape == (128, 8192, 1, 1)
+    assert decoder["groups.0.0.conv_1.weight"].shape == (512, 128, 1, 1)
+    assert decoder["groups.0.0.conv_2.weight"].shape == (512, 512, 3, 3)
+    assert decoder["groups.3.1.conv_4.weight"].shape == (256, 64, 3, 3)
+    assert decoder["conv_out.weight"].shape == (6, 256, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quantizer": "soft"}, "'gumbel' or 'nearest'"),
+        ({"quantizer": "nearest"}, "codebook_dim"),
+        ({"sample_size": 18}, "18.*downsampling of 4"),
+        ({"encoder_block_out_channels": (8, 8)}, "one length"),
+        ({"decoder_block_out_channels": (8, 8, 6)}, "multiples of 4"),
+        ({"patch_size": 0}, "start at 1"),
+        ({"logit_laplace_eps": 0.5}, r"\(0, 0.5\)"),
+    ],
+)
+def test_configurations_that_do_not_fit_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        build_dvae(**config)
+
+
+def test_input_that_does_not_fit_is_refused():
+    dvae = build_dvae()
+    with pytest.raises(ValueError, match="18 x 16 pixels.*downsampling of 4"):
+        dvae.encode(torch.rand(1, 3, 18, 16))
+    with pytest.raises(ValueError, match="floating-point"):
+        dvae.encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="B x 3 x H x W"):
+        dvae.encode(torch.rand(3, 16, 16))
+    with pytest.raises(ValueError, match=r"\[0, 16\).*16"):
+        dvae.decode(torch.full((1, 4, 4), 16))
+    with pytest.raises(ValueError, match="one-hot"):
+        dvae.decode(torch.rand(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="above 0"):
+        dvae(torch.rand(1, 3, 16, 16), temperature=0.0)

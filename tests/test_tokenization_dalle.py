@@ -1,0 +1,358 @@
+"""The caption tokenizer, its BPE dropout, and the script that makes one from a caption set."""
+
+import json
+import random
+import subprocess
+import sys
+import unicodedata
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from train_tokenizer import collect_captions, main
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from hf_dalle import tokenization_dalle
+from hf_dalle.tokenization_dalle import PAD, START_OF_TEXT, bpe_dropout, encode_captions, train_tokenizer
+
+
+STYLES = ["a noto", "a twemoji", "an outlined openmoji", "a flat fluent", "a glossy 3d"]
+NAMES = ["hedgehog", "red apple", "Grinning Face", "고슴도치", "smiling cat with heart-eyes"]
+CAPTIONS = [f"{style} style emoji of {name}" for style in STYLES for name in NAMES]
+TEXT_LENGTH = 12
+
+# Any text that can be encoded: no lone surrogates.
+texts = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(CAPTIONS, vocab_size=400, text_length=TEXT_LENGTH)
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """The messages that the module warns with."""
+    messages = []
+    monkeypatch.setattr(tokenization_dalle.logger, "warning", messages.append)
+    monkeypatch.setattr(tokenization_dalle, "_captions_warned", set())
+    return messages
+
+
+def serialize(tokenizer):
+    return json.loads(tokenizer.backend_tokenizer.to_str())
+
+
+# ---------------------------------------------------------------------------------------------------- vocabulary
+
+
+def test_special_tokens_and_shape_of_an_encoding(tokenizer):
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    assert tokenizer.convert_tokens_to_ids([START_OF_TEXT, PAD]) == [0, 1]
+    assert (tokenizer.bos_token_id, tokenizer.pad_token_id) == (0, 1)
+    assert tokenizer.eos_token is None and tokenizer.unk_token is None
+    assert tokenizer.padding_side == "right" and tokenizer.model_max_length == TEXT_LENGTH
+    encoding = tokenizer("a hedgehog", padding="max_length")
+    assert set(encoding) == {"input_ids", "attention_mask"}
+    num_tokens = sum(encoding["attention_mask"])
+    assert encoding["input_ids"][0] == 0 and 0 not in encoding["input_ids"][1:]
+    assert encoding["input_ids"][num_tokens:] == [1] * (TEXT_LENGTH - num_tokens)
+    assert tokenizer("")["input_ids"] == [0]
+
+
+def test_vocabulary_is_as_large_as_asked_or_as_the_captions_allow():
+    assert len(train_tokenizer(CAPTIONS, 258, 8)) == 258
+    assert len(train_tokenizer(CAPTIONS, 300, 8)) == 300
+    # "ab" gives the merges of " a" or "ab" and then of the word: no more pairs are there to merge.
+    assert len(train_tokenizer(["ab", "ab"], 16384, 8)) == 258 + 2
+    # A word seen once is no reason for a merge.
+    assert len(train_tokenizer(["ab"], 16384, 8)) == 258
+
+
+def test_frequent_words_become_one_token_wherever_they_stand(tokenizer):
+    first, inside = tokenizer("emoji")["input_ids"], tokenizer("emoji of emoji")["input_ids"]
+    assert len(first) == 2 and len(inside) == 4
+    assert first[1] == inside[1] == inside[3]
+
+
+def test_case_and_composition_do_not_matter(tokenizer):
+    composed, decomposed = "café", unicodedata.normalize("NFD", "CAFÉ")
+    assert composed != decomposed.lower()
+    assert tokenizer(composed)["input_ids"] == tokenizer(decomposed)["input_ids"]
+    assert tokenizer("A Noto STYLE")["input_ids"] == tokenizer("  a noto style\n")["input_ids"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts)
+def test_any_text_comes_back_lower_cased(tokenizer, text):
+    ids = tokenizer(text)["input_ids"]
+    normalized = tokenizer.backend_tokenizer.normalizer.normalize_str(text)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == normalized
+    assert max(ids) < len(tokenizer)
+
+
+def test_ascii_and_korean_come_back_exactly(tokenizer):
+    for text in ("a hedgehog, 3d?! (really)", "노토 스타일 고슴도치 이모지", "two  spaces\tand a tab"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+
+
+def test_a_caption_that_spells_a_special_token_is_plain_text(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    for tok in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        for caption in (f"a {PAD} b", f"{START_OF_TEXT}a"):
+            ids = encode_captions(tok, caption, 64).input_ids[0].tolist()
+            assert ids[0] == 0 and 0 not in ids[1:]
+            assert ids[ids.index(1) :] == [1] * (64 - ids.index(1))
+            assert tok.decode(ids[: ids.index(1)])[len(START_OF_TEXT) :].strip() == caption
+
+
+# ------------------------------------------------------------------------------------------ saving, determinism
+
+
+def test_saved_folder_loads_as_the_same_fast_tokenizer(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.is_fast and isinstance(loaded, PreTrainedTokenizerFast)
+    assert loaded.model_max_length == TEXT_LENGTH and loaded.padding_side == "right"
+    assert serialize(loaded) == serialize(tokenizer)
+    captions = [*CAPTIONS, "", "Éa 🦔 ꙮ"]
+    expected = encode_captions(tokenizer, captions, 40)
+    for key, value in encode_captions(loaded, captions, 40).items():
+        assert torch.equal(value, expected[key])
+
+
+def test_order_of_the_captions_and_process_do_not_matter(tokenizer, tmp_path):
+    shuffled = random.Random(0).sample(CAPTIONS, len(CAPTIONS))
+    assert serialize(train_tokenizer(iter(shuffled), 400, TEXT_LENGTH)) == serialize(tokenizer)
+
+    (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS), encoding="utf-8")
+    command = [sys.executable, sys.modules[main.__module__].__file__, "--train_data", str(tmp_path / "captions.txt")]
+    command += ["--vocab_size", "400", "--text_length", str(TEXT_LENGTH), "--output_dir", str(tmp_path / "out")]
+    subprocess.run(command, check=True, capture_output=True)
+    assert serialize(AutoTokenizer.from_pretrained(tmp_path / "out")) == serialize(tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------- encode_captions
+
+
+def test_encode_captions_equals_a_plain_call(tokenizer, warnings):
+    captions = [*CAPTIONS, "", "x" * 50]
+    plain = tokenizer(captions, padding="max_length", truncation=True, max_length=7, return_tensors="pt")
+    ours = encode_captions(tokenizer, captions, 7)
+    assert set(ours) == {"input_ids", "attention_mask"}
+    for key, value in ours.items():
+        assert value.dtype == torch.long and value.shape == (len(captions), 7)
+        assert torch.equal(value, plain[key])
+
+
+def test_encode_captions_leaves_no_trace_in_the_saved_tokenizer():
+    tokenizer = train_tokenizer(CAPTIONS, 400, TEXT_LENGTH)
+    before = serialize(tokenizer)
+    encode_captions(tokenizer, CAPTIONS, 4)
+    assert serialize(tokenizer) == before
+
+
+def test_one_caption_is_a_batch_of_one(tokenizer):
+    one, batch = encode_captions(tokenizer, "a hedgehog", 8), encode_captions(tokenizer, ["a hedgehog"], 8)
+    assert torch.equal(one.input_ids, batch.input_ids) and one.input_ids.shape == (1, 8)
+
+
+def test_truncation_warns_once_a_caption_with_what_was_lost(tokenizer, warnings):
+    fits = "emoji of emoji of emoji"  # start-of-text and five words
+    long = "Emoji of EMOJI of emoji Of Red APPLE"
+    encode_captions(tokenizer, [fits, long, long], 6)
+    encode_captions(tokenizer, [long], 6)
+    assert len(warnings) == 1
+    assert "lost ' Of Red APPLE' of" in warnings[0] and long in warnings[0]
+    encode_captions(tokenizer, [long], 5)
+    encode_captions(tokenizer, [long + "s"], 6)
+    assert len(warnings) == 3
+    encode_captions(tokenizer, [fits], 6)
+    assert len(warnings) == 3
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts, st.integers(2, 9))
+def test_what_is_quoted_as_lost_ends_the_caption_and_covers_all_that_is_cut(tokenizer, text, text_length):
+    lost = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenization_dalle, "_warn_cut", lambda caption, start, *_: lost.append(caption[start:]))
+        ids = encode_captions(tokenizer, text, text_length).input_ids[0]
+    assert len(lost) == (len(tokenizer(text)["input_ids"]) > text_length)
+    if lost:
+        normalize = tokenizer.backend_tokenizer.normalizer.normalize_str
+        # A character of which only some bytes were kept counts as lost.
+        kept = tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
+        assert normalize(text).startswith(kept) and text.endswith(lost[0])
+        cut = normalize(normalize(text)[len(kept) :])
+        assert normalize(lost[0]).endswith(cut)
+        assert len(normalize(lost[0])) <= len(cut) + 1
+
+
+@pytest.mark.parametrize("captions", [[None], ["a", 3], [b"bytes"], [["nested"]], [], ["\ud800"]])
+def test_encode_captions_refuses_what_is_no_text(tokenizer, captions):
+    with pytest.raises(ValueError, match="[Cc]aption"):
+        encode_captions(tokenizer, captions, 8)
+
+
+# -------------------------------------------------------------------------------------------------- BPE dropout
+
+
+def test_bpe_dropout_splits_words_and_ends_with_the_block(tokenizer):
+    plain = encode_captions(tokenizer, CAPTIONS, 64).input_ids
+    with bpe_dropout(tokenizer, 0.5):
+        dropped = [encode_captions(tokenizer, CAPTIONS, 64) for _ in range(2)]
+    assert not torch.equal(dropped[0].input_ids, dropped[1].input_ids)
+    assert dropped[0].attention_mask.sum() > (plain != 1).sum()
+    for caption, ids in zip(CAPTIONS, dropped[0].input_ids, strict=True):
+        assert tokenizer.decode(ids, skip_special_tokens=True) == caption.lower()
+    assert tokenizer.backend_tokenizer.model.dropout is None
+    assert torch.equal(encode_captions(tokenizer, CAPTIONS, 64).input_ids, plain)
+
+
+def test_bpe_dropout_share(tokenizer):
+    # "emoji" alone: with p = 1 no merge happens (a space and five letters), with p = 0 all do.
+    with bpe_dropout(tokenizer, 1.0):
+        assert len(tokenizer("emoji")["input_ids"]) == 7
+    with bpe_dropout(tokenizer, 0.0):
+        assert len(tokenizer("emoji")["input_ids"]) == 2
+    two_letters = train_tokenizer(["q q", "q q"], 259, 8)  # the one merge is space + q
+    with bpe_dropout(two_letters, 0.1):
+        lengths = np.array([len(two_letters("q")["input_ids"]) for _ in range(2000)])
+    # Skipped with probability 0.1: 5 standard deviations are 0.034.
+    assert abs((lengths == 3).mean() - 0.1) < 0.034
+
+
+def test_bpe_dropout_is_restored_after_an_exception_and_in_nested_blocks(tokenizer, tmp_path):
+    with pytest.raises(RuntimeError), bpe_dropout(tokenizer, 0.3):
+        raise RuntimeError
+    assert tokenizer.backend_tokenizer.model.dropout is None
+    with bpe_dropout(tokenizer, 0.5):
+        with bpe_dropout(tokenizer, 1.0):
+            tokenizer.save_pretrained(tmp_path)
+            assert tokenizer.backend_tokenizer.model.dropout == 1.0
+        assert tokenizer.backend_tokenizer.model.dropout == 0.5
+    assert tokenizer.backend_tokenizer.model.dropout is None
+    assert "save_pretrained" not in vars(tokenizer)
+    assert json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["model"]["dropout"] is None
+
+
+def test_bpe_dropout_is_never_saved(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "plain")
+    with bpe_dropout(tokenizer, 0.7):
+        tokenizer.save_pretrained(tmp_path / "inside")
+        assert tokenizer.backend_tokenizer.model.dropout == pytest.approx(0.7)
+        with pytest.raises(OSError):
+            (tmp_path / "a file").write_text("")
+            tokenizer.save_pretrained(tmp_path / "a file" / "folder")
+        assert tokenizer.backend_tokenizer.model.dropout == pytest.approx(0.7)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "inside" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.1, float("nan")])
+def test_bpe_dropout_refuses_what_is_no_probability(tokenizer, p):
+    with pytest.raises(ValueError, match="probability"), bpe_dropout(tokenizer, p):
+        pass
+
+
+# ----------------------------------------------------------------------------------------- bad input to training
+
+
+@pytest.mark.parametrize("captions", [[], ["a", None], [1], ["\udfff"], "one string"])
+def test_training_refuses_bad_captions(captions):
+    with pytest.raises(ValueError, match="[Cc]aption"):
+        train_tokenizer(captions, 300, 8)
+
+
+def test_refuses_sizes_that_are_too_small(tokenizer):
+    with pytest.raises(ValueError, match="257.*258"):
+        train_tokenizer(CAPTIONS, 257, 8)
+    with pytest.raises(ValueError, match="text_length"):
+        train_tokenizer(CAPTIONS, 300, 1)
+    with pytest.raises(ValueError, match="text_length"):
+        encode_captions(tokenizer, "a", 1)
+
+
+# ------------------------------------------------------------------------------------- training/train_tokenizer.py
+
+TABLE = [["one, with a tag", "one"], ["two"], [], None, ["", "three\nlines"]]
+FLAT = ["one, with a tag", "one", "two", "three\nlines"]
+
+
+def write_parquet(path, captions, column="captions"):
+    # A picture column beside it, as data sets have: it must not be read.
+    pictures = [{"bytes": b"no picture", "path": None}] * len(captions)
+    pq.write_table(pa.table({"image": pictures, column: captions}), path)
+
+
+def test_script_reads_every_format_to_the_same_captions(tmp_path):
+    write_parquet(tmp_path / "list.parquet", TABLE)
+    assert collect_captions(str(tmp_path / "list.parquet"), "captions") == (FLAT, 2)
+
+    write_parquet(tmp_path / "string.parquet", [*FLAT, None], column="text")
+    assert collect_captions(str(tmp_path / "string.parquet"), "text") == (FLAT, 1)
+
+    rows = [{"file_name": f"{i}.png", "captions": cell} for i, cell in enumerate(TABLE)]
+    rows.append({"file_name": "no_caption.png"})
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert collect_captions(str(tmp_path), "captions") == (FLAT, 3)
+
+    quoted = "".join(f'{i}.png,"{caption}"\n' for i, caption in enumerate([*FLAT, ""]))
+    (tmp_path / "table.csv").write_text("file_name,captions\n" + quoted, encoding="utf-8")
+    assert collect_captions(str(tmp_path / "table.csv"), "captions") == (FLAT, 1)
+
+    (tmp_path / "lines.txt").write_text("one\n\ntwo\n", encoding="utf-8")
+    assert collect_captions(str(tmp_path / "lines.txt"), "captions") == (["one", "two"], 1)
+
+
+def test_script_reads_a_glob_in_sorted_order(tmp_path):
+    for name in ("b", "a", "c"):
+        write_parquet(tmp_path / f"{name}.parquet", [[name]])
+    assert collect_captions(str(tmp_path / "*.parquet"), "captions") == (["a", "b", "c"], 0)
+
+
+def test_script_saves_and_reports(tmp_path, capsys):
+    write_parquet(tmp_path / "train.parquet", [[caption] for caption in CAPTIONS] + [["emoji"] * 3, []])
+    output_dir = tmp_path / "tokenizer"
+    arguments = ["--vocab_size", "300", "--text_length", "8", "--output_dir", str(output_dir)]
+    main(["--train_data", str(tmp_path / "train.parquet"), *arguments])
+    tokenizer = AutoTokenizer.from_pretrained(output_dir)
+    captions = [*CAPTIONS, *["emoji"] * 3]
+    assert serialize(tokenizer) == serialize(train_tokenizer(captions, 300, 8))
+    lengths = [len(tokenizer.tokenize(caption)) + 1 for caption in captions]
+    num_cut = sum(length > 8 for length in lengths)
+    assert 0 < num_cut < len(captions)
+    assert capsys.readouterr().out.splitlines() == [
+        "captions: 28, of which 26 distinct; rows skipped: 1",
+        "vocabulary: 300 of at most 300",
+        f"tokens a caption, with start-of-text: mean {np.mean(lengths):.1f}, 95 % {sorted(lengths)[-2]}, "
+        f"max {max(lengths)}",
+        f"longer than 8 tokens and so cut: {num_cut} ({num_cut / 28:.1%})",
+        f"saved to {output_dir}",
+    ]
+
+
+def test_script_names_what_it_cannot_read(tmp_path):
+    write_parquet(tmp_path / "a.parquet", [["x"]], column="text")
+    with pytest.raises(ValueError, match="a.parquet.*'captions'.*'image', 'text'"):
+        collect_captions(str(tmp_path / "a.parquet"), "captions")
+    (tmp_path / "broken.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
+    with pytest.raises(ValueError, match="broken.parquet"):
+        collect_captions(str(tmp_path / "broken.parquet"), "text")
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": ', encoding="utf-8")
+    with pytest.raises(ValueError, match="broken.jsonl"):
+        collect_captions(str(tmp_path / "broken.jsonl"), "text")
+    (tmp_path / "picture.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="picture.png.*parquet"):
+        collect_captions(str(tmp_path / "picture.png"), "text")
+    for nothing in ("nothing.parquet", "*.nothing", ""):
+        with pytest.raises(FileNotFoundError, match="No captions"):
+            collect_captions(str(tmp_path / nothing), "text")
+    (tmp_path / "numbers.jsonl").write_text('{"text": 3}', encoding="utf-8")
+    with pytest.raises(ValueError, match="Caption 1 must be a string"):
+        main(["--train_data", str(tmp_path / "numbers.jsonl"), "--caption_column", "text", "--output_dir", "unused"])

@@ -1,0 +1,119 @@
+"""Stage 2, the prior: cross-entropy over caption and image tokens of a frozen dVAE, drawn captions as validation.
+
+The model is `hf_dalle.modeling_dalle_prior`; the loop that drives this lives in `loop.py`. Image tokens come from the dVAE
+at each step, or from the store that `precompute_image_tokens.py` wrote.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from arguments import PriorArguments
+from diffusers.utils import make_image_grid
+from PIL import Image
+from precompute_image_tokens import check_store
+from torch.utils.data import DataLoader
+from train_dvae import image_datasets
+from transformers import AutoTokenizer
+
+from hf_dalle import DalleDVAE, DalleImageProcessor, DALLEPipeline, DallePriorConfig, DallePriorForCausalLM
+from hf_dalle.data import CaptionImageCollator
+
+
+class PriorStage:
+    """Model, data, loss and validation of stage 2."""
+
+    def __init__(self, args: PriorArguments):
+        self.args = args
+        self.dvae = DalleDVAE.from_pretrained(args.dvae).requires_grad_(False).eval()
+        self.image_processor = DalleImageProcessor.from_pretrained(args.dvae)
+        self.tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+        self.model = DallePriorForCausalLM(self._make_config())
+        self.model.generation_config.update(**args.generation)
+        if args.tokens_column is not None and args.train_data_dir is not None:
+            check_store(Path(args.train_data_dir), Path(args.dvae))
+        choices = {"caption_column": args.caption_column, "tokens_column": args.tokens_column}
+        self.train_dataset, self.validation_dataset = image_datasets(
+            args, self.image_processor, (3 / 8, 5 / 8), caption_dropout=args.caption_dropout, **choices
+        )
+        text_length = self.model.config.text_length
+        self.collator = CaptionImageCollator(self.tokenizer, text_length, bpe_dropout=args.bpe_dropout)
+        self.validation_collator = CaptionImageCollator(self.tokenizer, text_length)
+
+    def _make_config(self) -> DallePriorConfig:
+        """The model's sizes from the YAML; what the tokenizer and the dVAE fix, from them."""
+        fixed = {
+            "text_vocab_size": len(self.tokenizer),
+            "text_length": self.tokenizer.model_max_length,
+            "image_vocab_size": self.dvae.config.vocab_size,
+            "image_grid_size": self.dvae.image_grid_size,
+            "caption_dropout": self.args.caption_dropout,
+        }
+        for name, value in fixed.items():
+            if self.args.model.get(name, value) != value:
+                raise ValueError(
+                    f"`model` asks for {name} {self.args.model[name]}, but the tokenizer, the dVAE and the settings of"
+                    f" this run give {value}. Leave it out."
+                )
+        return DallePriorConfig(**{**self.args.model, **fixed})
+
+    def parameter_groups(self) -> list[dict]:
+        """One group: the paper decays all parameters alike."""
+        return [{"params": list(self.model.parameters())}]
+
+    def _image_tokens(self, batch: dict) -> torch.Tensor:
+        """B x N tokens, stored or encoded now."""
+        if "image_tokens" in batch:
+            return batch["image_tokens"]
+        pixel_values = batch["pixel_values"]
+        with torch.no_grad():
+            return self.dvae.to(pixel_values.device).encode(pixel_values).tokens.flatten(1)
+
+    def compute_loss(self, model: torch.nn.Module, batch: dict, step: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        stream = self.model.join_stream(batch["input_ids"], batch["attention_mask"], self._image_tokens(batch))
+        labels = stream["input_ids"].clone()
+        # A dropped caption teaches the image tokens' marginal; that captions are empty it shall not teach.
+        labels[:, : self.model.config.text_length].masked_fill_(batch["caption_dropped"][:, None], -100)
+        output = model(input_ids=stream["input_ids"], labels=labels)
+        losses = {"text_loss": output.text_loss, "caption_loss": output.caption_loss, "image_loss": output.image_loss}
+        return output.loss, {name: value for name, value in losses.items() if value is not None}
+
+    def validate(self, model: DallePriorForCausalLM) -> tuple[dict[str, float], dict[str, Image.Image]]:
+        values, pictures = {}, {}
+        if self.validation_dataset is not None:
+            loader = DataLoader(
+                self.validation_dataset, self.args.eval_batch_size, collate_fn=self.validation_collator
+            )
+            sums, count = {}, 0
+            for batch in loader:
+                batch.pop("skipped")
+                batch = {key: value.to(model.device) for key, value in batch.items()}
+                loss, logs = self.compute_loss(model, batch, step=0)
+                for name, value in {"loss": loss, **logs}.items():
+                    sums[name] = sums.get(name, 0.0) + value.item() * len(batch["input_ids"])
+                count += len(batch["input_ids"])
+            values = {f"validation_{name}": value / count for name, value in sums.items()}
+        if self.args.validation_prompts:
+            pictures["samples"] = self._draw(model)
+        return values, pictures
+
+    def _draw(self, model: DallePriorForCausalLM) -> Image.Image:
+        """A row of pictures for each validation caption, from one seed."""
+        pipe = self._pipeline(model)
+        pipe.set_progress_bar_config(disable=True)
+        drawn = pipe(
+            self.args.validation_prompts,
+            num_images_per_prompt=self.args.num_validation_images,
+            generator=torch.Generator().manual_seed(self.args.seed),
+        ).images
+        return make_image_grid(drawn, rows=len(self.args.validation_prompts), cols=self.args.num_validation_images)
+
+    def _pipeline(self, model: DallePriorForCausalLM) -> DALLEPipeline:
+        return DALLEPipeline(
+            prior=model, dvae=self.dvae, tokenizer=self.tokenizer, image_processor=self.image_processor
+        )
+
+    def save(self, model: DallePriorForCausalLM, folder: Path) -> None:
+        pipe = self._pipeline(model.eval())
+        pipe.to(dtype=getattr(torch, self.args.weights_dtype))
+        pipe.save_pretrained(folder)
