@@ -44,7 +44,7 @@ setup(
         "diffusers>=0.42.1,<0.43",  # hub.py adds our classes to its private tables: held to the minor version
         "huggingface_hub>=2.0",
         "numpy>=1.26",
-        "pillow>=10.0",
+        "pillow>=10.1",
         "safetensors>=0.5",
         "tokenizers>=0.22",
         "torch>=2.6",

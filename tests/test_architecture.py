@@ -17,7 +17,7 @@ PACKAGE = ROOT / "src" / "hf_dalle"
 # A module imports from lower floors only, never sideways, never up. `__init__` stands above all of them.
 FLOORS = [
     {"configuration_dalle_prior", "image_attention", "logit_laplace"},
-    {"cache_dalle", "losses"},
+    {"cache_dalle", "generation_dalle_prior", "losses"},
     {
         "modeling_dalle_prior",
         "autoencoder_dalle_dvae",

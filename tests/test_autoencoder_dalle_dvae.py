@@ -1,10 +1,15 @@
-"""The dVAE: its quantizers against brute force, its shortcuts against the long way, the released shape against FLAVA."""
+"""The dVAE: quantizers against brute force, shortcuts against the long way, the released shape against FLAVA."""
+
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
+from accelerate.utils import convert_outputs_to_fp32
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tiny import build_dvae
 from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 
@@ -32,6 +37,23 @@ def test_shapes(pixels, quantizer, patch_size):
     assert dvae(pixels, temperature=0.5).sample.shape == pixels.shape
     assert dvae.downsampling_factor == 4 * patch_size and dvae.image_grid_size == 16 // dvae.downsampling_factor
     assert dvae.encode(pixels, return_dict=False)[1].equal(encoded.tokens)
+
+
+@pytest.mark.parametrize("eps", [0.1, 0.2])
+def test_the_picture_is_the_inverse_map_of_the_location(pixels, eps):
+    dvae = build_dvae(logit_laplace_eps=eps)
+    decoded = dvae.decode(dvae.encode(pixels).tokens)
+    torch.testing.assert_close(decoded.sample, ((decoded.mu.sigmoid() - eps) / (1 - 2 * eps)).clamp(0, 1))
+    torch.testing.assert_close(dvae.encode(pixels).logits, dvae.encoder((1 - 2 * eps) * pixels + eps))
+
+
+def test_initial_weights_keep_the_variance():
+    dvae = build_dvae(encoder_block_out_channels=(64, 64, 64), decoder_block_out_channels=(64, 64, 64))
+    for name, parameter in dvae.named_parameters():
+        if name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        else:
+            assert abs(parameter.std() * parameter[0].numel() ** 0.5 - 1) < 0.2, name
 
 
 @pytest.mark.parametrize("quantizer", ["gumbel", "nearest"])
@@ -112,7 +134,7 @@ def test_nearest_straight_through_gradient_and_commitment(pixels):
     output = dvae(pixels)
     torch.testing.assert_close(output.mu, dvae.decode(output.tokens).mu, atol=1e-5, rtol=1e-5)
     encoded = dvae.encoder(map_pixels(pixels))
-    expected = 0.25 * (encoded - dvae.codebook.embed_tokens(output.tokens)).square().mean()
+    expected = 0.25 * (encoded - dvae.codebook.embed(output.tokens)).square().mean()
     assert output.commitment_loss.item() == pytest.approx(expected.item(), rel=1e-5)
     output.mu.sum().backward()
     assert dvae.encoder.conv_in.weight.grad.abs().sum() > 0
@@ -140,12 +162,89 @@ def test_save_and_load(pixels, quantizer, tmp_path):
     dvae = build_dvae(quantizer=quantizer, codebook_dim=6, patch_size=2)
     dvae.save_pretrained(tmp_path)
     loaded = DalleDVAE.from_pretrained(tmp_path)
-    assert loaded.config == dvae.config
+    assert not loaded.training
     assert loaded.encode(pixels).logits.equal(dvae.encode(pixels).logits)
     tokens = dvae.encode(pixels).tokens
     assert loaded.decode(tokens).sample.equal(dvae.decode(tokens).sample)
-    half = DalleDVAE.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-    assert half.decode(tokens).sample.dtype == torch.bfloat16
+    loaded.save_pretrained(tmp_path / "again")  # the same config: no place that it was loaded from
+    assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "config.json").read_text()
+    assert json.loads((tmp_path / "config.json").read_text())["quantizer"] == quantizer
+
+
+@pytest.mark.parametrize("quantizer", ["gumbel", "nearest"])
+def test_weights_that_a_file_lacks_are_refused(quantizer, tmp_path):
+    build_dvae(quantizer=quantizer, codebook_dim=6).save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    for name in ("decoder.conv_in.bias", "codebook.codes" if quantizer == "nearest" else "encoder.conv_out.weight"):
+        save_file({key: value for key, value in weights.items() if key != name}, path)
+        for options in ({}, {"low_cpu_mem_usage": False}):
+            with pytest.raises(OSError, match=f"{tmp_path} lacks weights of this model: {name}"):
+                DalleDVAE.from_pretrained(tmp_path, **options)
+    save_file({**weights, "decoder.conv_in.bias": torch.zeros(9)}, path)
+    with pytest.raises(ValueError, match="decoder.conv_in.bias expected shape"):
+        DalleDVAE.from_pretrained(tmp_path)
+    save_file(weights, path)
+    _, info = DalleDVAE.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] == []
+
+
+@pytest.mark.parametrize("quantizer", ["gumbel", "nearest"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves(pixels, quantizer, dtype, tmp_path):
+    build_dvae(quantizer=quantizer, codebook_dim=6).save_pretrained(tmp_path)
+    whole, half = DalleDVAE.from_pretrained(tmp_path), DalleDVAE.from_pretrained(tmp_path, dtype=dtype)
+    assert half.dtype == dtype
+    tokens = whole.encode(pixels).tokens
+    assert (half.encode(pixels.to(dtype)).tokens == tokens).float().mean() > 0.8
+    decoded = half.decode(tokens)
+    assert decoded.sample.dtype == dtype
+    torch.testing.assert_close(decoded.sample.float(), whole.decode(tokens).sample, atol=0.03, rtol=0)
+    output = half(pixels.to(dtype), temperature=1 / 16)  # where logits / temperature would leave float16 soon
+    assert output.mu.dtype == dtype and output.mu.isfinite().all()
+
+
+@pytest.mark.parametrize("quantizer", ["gumbel", "nearest"])
+def test_offloaded_weights_come_when_they_are_called(pixels, quantizer):
+    dvae = build_dvae(quantizer=quantizer, codebook_dim=6)
+    tokens = dvae.encode(pixels).tokens
+    sample = dvae.decode(tokens).sample
+    cpu_offload(dvae, execution_device="cpu")
+    assert {parameter.device.type for parameter in dvae.parameters()} == {"meta"}
+    assert dvae.encode(pixels).tokens.equal(tokens)
+    assert dvae.decode(tokens).sample.equal(sample)
+    assert dvae(pixels).mu.isfinite().all()
+
+
+def test_mixed_precision_training(pixels):
+    """As `accelerator.prepare` wraps a model: autocast inside, the output made anew in float32."""
+    dvae = build_dvae().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dvae(pixels).mu.dtype == torch.bfloat16
+        output = convert_outputs_to_fp32(dvae.forward)(pixels)
+    assert output.mu.dtype == output.logits.dtype == torch.float32 and output.tokens.dtype == torch.int64
+    assert list(output) == ["sample", "mu", "log_b", "logits", "tokens", "commitment_loss"]
+    output.mu.square().mean().backward()
+
+
+@pytest.mark.parametrize("quantizer", ["gumbel", "nearest"])
+def test_gradient_checkpointing_changes_nothing(pixels, quantizer):
+    gradients, num_calls = [], []
+    for is_checkpointed in (False, True):
+        widths = {"encoder_block_out_channels": (64, 64, 64), "decoder_block_out_channels": (64, 64, 64)}
+        dvae = build_dvae(quantizer=quantizer, codebook_dim=6, **widths)
+        if is_checkpointed:
+            dvae.enable_gradient_checkpointing()
+        calls = []
+        dvae.encoder.groups[1][0].conv_1.register_forward_hook(lambda *args, calls=calls: calls.append(args))
+        output = dvae(pixels, generator=torch.Generator().manual_seed(0))
+        (output.mu.square().mean() + output.log_b.mean() + output.commitment_loss).backward()
+        gradients.append({name: parameter.grad for name, parameter in dvae.named_parameters()})
+        num_calls.append(len(calls))
+    assert num_calls == [1, 2]  # forward, and again in backward
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+        assert gradient.abs().sum() > 0, name
 
 
 def test_released_openai_shape_equals_flava():
@@ -203,17 +302,26 @@ def test_configurations_that_do_not_fit_are_refused(config, message):
         build_dvae(**config)
 
 
-def test_input_that_does_not_fit_is_refused():
-    dvae = build_dvae()
-    with pytest.raises(ValueError, match="18 x 16 pixels.*downsampling of 4"):
-        dvae.encode(torch.rand(1, 3, 18, 16))
-    with pytest.raises(ValueError, match="floating-point"):
-        dvae.encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="B x 3 x H x W"):
-        dvae.encode(torch.rand(3, 16, 16))
-    with pytest.raises(ValueError, match=r"\[0, 16\).*16"):
-        dvae.decode(torch.full((1, 4, 4), 16))
-    with pytest.raises(ValueError, match="one-hot"):
-        dvae.decode(torch.rand(1, 3, 4, 4))
-    with pytest.raises(ValueError, match="above 0"):
-        dvae(torch.rand(1, 3, 16, 16), temperature=0.0)
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda dvae: dvae.encode(torch.rand(1, 3, 18, 16)), r"downsampling of 4; got \(1, 3, 18, 16\)"),
+        (lambda dvae: dvae.encode(torch.rand(1, 3, 16, 6)), r"downsampling of 4; got \(1, 3, 16, 6\)"),
+        (lambda dvae: dvae.encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8)), "floats .* torch.uint8"),
+        (lambda dvae: dvae.encode(torch.rand(3, 16, 16)), r"B x 3 x H x W.*\(3, 16, 16\)"),
+        (lambda dvae: dvae.encode(torch.rand(1, 1, 16, 16)), r"B x 3 x H x W.*\(1, 1, 16, 16\)"),
+        (lambda dvae: dvae.encode(torch.full((1, 3, 16, 16), -1.0)), r"in \[0, 1\].*got -1 to -1"),
+        (lambda dvae: dvae.encode(torch.full((1, 3, 16, 16), 255.0)), r"in \[0, 1\].*got 255 to 255"),
+        (lambda dvae: dvae.encode(torch.full((1, 3, 16, 16), torch.nan)), r"in \[0, 1\].*got nan"),
+        (lambda dvae: dvae.decode(torch.full((1, 4, 4), 16)), r"\[0, 16\); got 16 to 16"),
+        (lambda dvae: dvae.decode(torch.full((1, 4, 4), -1)), r"\[0, 16\); got -1"),
+        (lambda dvae: dvae.decode(torch.zeros(4, 4, dtype=torch.long)), r"tokens .*got \(4, 4\)"),
+        (lambda dvae: dvae.decode(torch.zeros(1, 4, 4)), "torch.float32"),
+        (lambda dvae: dvae.decode(torch.zeros(1, 4, 4, dtype=torch.uint8)), "torch.uint8"),
+        (lambda dvae: dvae.decode(torch.rand(1, 3, 4, 4)), "one-hot"),
+        (lambda dvae: dvae(torch.rand(1, 3, 16, 16), temperature=0.0), "above 0"),
+    ],
+)
+def test_input_that_does_not_fit_is_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(build_dvae())

@@ -8,6 +8,8 @@ from peft import LoraConfig, get_peft_model
 from tiny import ATTENTION_TYPES, build_prior, build_tokenizer
 from transformers import CompileConfig, DynamicCache
 
+from hf_dalle.sampling import draw_image_tokens
+
 
 TEXT, IMAGE = 12, 16
 
@@ -92,6 +94,79 @@ def test_image_prefix_is_kept_and_filled_up(num_prefix_tokens):
     assert prior.generate(stream["input_ids"], do_sample=False).equal(whole)
     other = prior.join_stream(caption["input_ids"], caption["attention_mask"], (prefix + 1) % 16)
     assert read_image_tokens(prior, prior.generate(**other))[:, :num_prefix_tokens].equal((prefix + 1) % 16)
+
+
+# ------------------------------------------------------------------------------------------------------ guidance
+
+
+def draw_greedily(prior, caption, negative, prefix=None, num_images=1):
+    """Our own loop at a guidance scale of 3."""
+    generators = [torch.Generator()] * len(caption["input_ids"]) * num_images
+    drawing = draw_image_tokens(
+        prior,
+        caption["input_ids"],
+        caption["attention_mask"],
+        generators=generators,
+        num_images_per_prompt=num_images,
+        image_prefix=prefix,
+        guidance_scale=3.0,
+        negative_text_ids=negative["input_ids"],
+        negative_attention_mask=negative["attention_mask"],
+        top_k=1,
+    )
+    *_, (_, tokens) = drawing
+    return tokens
+
+
+def encode(*captions):
+    return build_tokenizer()(list(captions), padding="max_length", max_length=TEXT, return_tensors="pt")
+
+
+@pytest.mark.parametrize("attention_types", [list(ATTENTION_TYPES), ["full"] * 2], ids="-".join)
+def test_guidance_leads_away_from_no_caption(attention_types):
+    prior = build_prior(attention_types=attention_types)
+    caption = draw_caption()
+    expected = draw_greedily(prior, caption, encode("", ""))
+    for options in ({}, {"cache_implementation": "static"}, {"use_cache": False}):
+        ids = prior.generate(**caption, do_sample=False, guidance_scale=3.0, **options)
+        assert read_image_tokens(prior, ids).equal(expected), options
+    assert not read_image_tokens(prior, prior.generate(**caption, do_sample=False)).equal(expected)
+    # as our checkpoints keep it
+    prior.generation_config.update(guidance_scale=3.0)
+    assert read_image_tokens(prior, prior.generate(**caption, do_sample=False)).equal(expected)
+    unguided = prior.generate(**caption, do_sample=False, guidance_scale=1.0)
+    assert not read_image_tokens(prior, unguided).equal(expected)
+
+
+def test_guidance_keeps_the_image_prefix_and_repeats_for_each_image():
+    prior = build_prior()
+    caption, prefix = draw_caption(), torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+    expected = draw_greedily(prior, caption, encode("", ""), prefix, num_images=3)
+    stream = prior.join_stream(caption["input_ids"], caption["attention_mask"], prefix)
+    options = {"guidance_scale": 3.0, "top_k": 1, "num_return_sequences": 3}
+    assert read_image_tokens(prior, prior.generate(**stream, **options)).equal(expected)
+
+
+def test_guidance_leads_away_from_a_negative_prompt():
+    prior = build_prior()
+    caption, negative = draw_caption(), encode("a blue bird", "a red fox")
+    ids = prior.generate(
+        **caption,
+        do_sample=False,
+        guidance_scale=3.0,
+        negative_prompt_ids=negative["input_ids"],
+        negative_prompt_attention_mask=negative["attention_mask"],
+    )
+    assert read_image_tokens(prior, ids).equal(draw_greedily(prior, caption, negative))
+    assert not read_image_tokens(prior, ids).equal(draw_greedily(prior, caption, encode("", "")))
+
+
+def test_guidance_of_beams_is_refused():
+    with pytest.raises(ValueError, match="Beams cannot be guided"):
+        build_prior().generate(**draw_caption(), num_beams=2, guidance_scale=3.0)
+
+
+# ------------------------------------------------------------------------------------------- samples and settings
 
 
 def test_samples_follow_the_whole_distribution():

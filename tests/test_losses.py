@@ -25,6 +25,23 @@ def test_dvae_loss_is_the_elb_over_the_pixel_channels():
     assert parts.loss.item() == pytest.approx((nll.item() + 6.6 * kl) / (3 * 8 * 8), rel=1e-5)
 
 
+def test_a_floor_under_log_b_is_a_clamp():
+    pixels, mu, logits = torch.rand(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.randn(2, 5, 2, 2)
+    log_b = torch.linspace(-6, 2, mu.numel()).view_as(mu).requires_grad_()
+    parts = dvae_loss(pixels, mu, log_b, logits, beta=1.0, min_log_b=-2.0)
+    assert parts.loss.equal(dvae_loss(pixels, mu, log_b.detach().clamp(min=-2.0), logits, beta=1.0).loss)
+    parts.loss.backward()
+    assert (log_b.grad != 0).equal(log_b >= -2.0)
+
+
+def test_losses_of_halves_are_computed_in_float32():
+    pixels, mu, log_b = torch.rand(1, 3, 8, 8), torch.randn(1, 3, 8, 8).half(), torch.randn(1, 3, 8, 8).half()
+    logits = torch.randn(1, 5, 2, 2).half()
+    parts = dvae_loss(pixels.half(), mu, log_b, logits, beta=1.0)
+    expected = dvae_loss(pixels.half().float(), mu.float(), log_b.float(), logits.float(), beta=1.0)
+    assert parts == expected and parts.loss.dtype == torch.float32
+
+
 def test_kl_to_uniform_at_its_two_ends():
     assert kl_to_uniform(torch.zeros(1, 7, 3, 3)).item() == pytest.approx(0, abs=1e-5)
     one_hot = torch.zeros(1, 7, 3, 3)

@@ -6,6 +6,7 @@ Losses and training are in `test_training_dalle_prior.py`, generation in `test_g
 import pytest
 import torch
 from accelerate import cpu_offload
+from safetensors.torch import load_file, save_file
 from tiny import ATTENTION_TYPES
 from tiny_streams import CLASSES, IMAGE, TEXT, build_small_prior, draw_inputs, draw_stream
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
@@ -269,6 +270,29 @@ def test_tied_embeddings(tmp_path):
     assert loaded(draw_stream(prior)).logits.equal(prior(draw_stream(prior)).logits)
     untied = build_small_prior()
     assert untied.lm_head.weight is not untied.model.embed_tokens.weight
+
+
+def test_weights_that_a_file_lacks_are_refused(tmp_path):
+    build_small_prior().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    name = "model.layers.1.mlp.fc1.bias"
+    lacking = {key: value for key, value in weights.items() if key != name}
+    loaders = (DallePriorForCausalLM, AutoModelForCausalLM, AutoModel)
+    for weights_there, words in (
+        (lacking, f"no .*{name[6:]}"),
+        ({**lacking, name: torch.zeros(3)}, r"\(3,\), not \(128,\)"),
+    ):
+        save_file(weights_there, path, metadata={"format": "pt"})
+        for loader in loaders:
+            with pytest.raises(OSError, match=f"{tmp_path} holds other weights: .*{words}"):
+                loader.from_pretrained(tmp_path)
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True, output_loading_info=True)
+    assert {key for key, *_ in info["mismatched_keys"]} == {name}
+    save_file({key: value for key, value in weights.items() if key != "lm_head.weight"}, path, {"format": "pt"})
+    with pytest.raises(OSError, match="no lm_head.weight"):
+        DallePriorForCausalLM.from_pretrained(tmp_path)
+    AutoModel.from_pretrained(tmp_path)  # has no head
 
 
 def test_offloaded_weights_come_when_they_are_called():

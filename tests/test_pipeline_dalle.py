@@ -320,6 +320,7 @@ def test_the_reranker_puts_each_prompts_best_first(pipe):
         (lambda: {"prior": build_prior(image_grid_size=8)}, ["`dvae.image_grid_size` is 4", "image_grid_size` is 8"]),
         (lambda: {"prior": build_prior(text_length=9)}, ["model_max_length` is 12", "text_length` is 9"]),
         (lambda: {"prior": build_prior(text_vocab_size=270)}, ["`len(tokenizer)` is", "text_vocab_size` is 270"]),
+        (lambda: {"prior": build_prior(bos_token_id=2)}, ["`tokenizer.bos_token_id` is 0", "bos_token_id` is 2"]),
         (lambda: {"dvae": build_dvae(sample_size=32)}, ["`dvae.image_grid_size` is 8", "image_grid_size` is 4"]),
         (
             lambda: {"dvae": build_dvae(sample_size=32, patch_size=2)},

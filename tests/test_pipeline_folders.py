@@ -13,7 +13,8 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import DiffusionPipeline
 from PIL import Image
-from tiny import build_pipeline, build_prior, build_reranker, build_tokenizer
+from safetensors.torch import load_file, save_file
+from tiny import build_dvae, build_pipeline, build_prior, build_reranker, build_tokenizer
 
 from hf_dalle import DALLEPipeline
 
@@ -66,10 +67,21 @@ def test_model_index_names_the_package_and_no_place(folder, tmp_path):
         "tokenizer": ["transformers", "TokenizersBackend"],
     }
     assert index["_class_name"] == "DALLEPipeline"
-    assert str(folder) not in (tmp_path / "model_index.json").read_text() and "_name_or_path" not in index
+    assert "_name_or_path" not in index
     assert (tmp_path / "prior" / "model.safetensors").is_file()
     assert (tmp_path / "dvae" / "diffusion_pytorch_model.safetensors").is_file()
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pt", ".ckpt")]
+
+
+def test_no_file_names_the_place_that_it_was_loaded_from(tmp_path):
+    first, second = tmp_path / "first-place", tmp_path / "second-place"
+    build_pipeline(**build_reranker()).save_pretrained(first)
+    DALLEPipeline.from_pretrained(first).save_pretrained(second)
+    files = {path.relative_to(second) for path in second.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(first) for path in first.rglob("*") if path.is_file()}
+    for name in files:
+        content = (second / name).read_bytes()
+        assert str(tmp_path).encode() not in content and b"first-place" not in content, name
 
 
 def test_optional_parts_and_settings_are_saved(tmp_path):
@@ -132,6 +144,24 @@ def test_a_missing_or_cut_file_is_named(folder, tmp_path, name):
         shutil.rmtree(path)
     with pytest.raises(OSError, match=f"{broken / name.split('/')[0]}.* is missing"):
         DALLEPipeline.from_pretrained(broken)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("prior/model.safetensors", "model.embed_tokens.weight"),
+        ("dvae/diffusion_pytorch_model.safetensors", "encoder.conv_in.weight"),
+    ],
+)
+@pytest.mark.parametrize("pipeline_class", [DALLEPipeline, DiffusionPipeline])
+def test_missing_weights_are_named(folder, tmp_path, name, key, pipeline_class):
+    broken = tmp_path / "pipeline"
+    shutil.copytree(folder, broken)
+    weights = load_file(broken / name)
+    del weights[key]
+    save_file(weights, broken / name, {"format": "pt"})
+    with pytest.raises(OSError, match=f"{(broken / name).parent} .*{key}"):
+        pipeline_class.from_pretrained(broken)
 
 
 def test_no_such_place_is_an_error(tmp_path):
@@ -206,9 +236,13 @@ def test_model_offload():
         )
 
 
-def test_the_prior_is_used_through_forward_alone():
-    pipe = build_pipeline()
-    expected = draw(pipe)
-    accelerate.cpu_offload(pipe.prior, "cpu")  # weights are on the meta device but inside a module's own forward
-    assert {parameter.device.type for parameter in pipe.prior.parameters()} == {"meta"}
-    assert torch.equal(draw(pipe), expected)
+@pytest.mark.parametrize("quantizer", ["gumbel", "nearest"])
+def test_sequential_offload(quantizer):
+    """The weights are on the meta device but inside a module's own forward."""
+    pipe = build_pipeline(dvae=build_dvae(quantizer=quantizer, codebook_dim=6))
+    arguments = {"output_type": "pt", "image": Image.new("RGB", (16, 16), "red"), "num_prefix_rows": 1}
+    expected = draw(pipe, **arguments)
+    for part in (pipe.prior, pipe.dvae):
+        accelerate.cpu_offload(part, "cpu")
+        assert {parameter.device.type for parameter in part.parameters()} == {"meta"}
+    assert torch.equal(draw(pipe, **arguments), expected)

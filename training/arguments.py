@@ -120,6 +120,9 @@ class PriorArguments(TrainArguments):
         default=None, metadata={"help": "Column of precomputed tokens (precompute_image_tokens.py) to read instead."}
     )
     caption_dropout: float = field(default=0.1, metadata={"help": "Share of captions emptied, for guidance."})
+    attn_implementation: Literal["sdpa", "eager"] = field(
+        default="sdpa", metadata={"help": "Of the prior in training; on short streams in bf16 on a CPU eager is quicker."}
+    )
     bpe_dropout: float = field(default=0.1, metadata={"help": "Share of BPE merges skipped in training."})
     adam_beta2: float = 0.96
     adam_weight_decay: float = 4.5e-2

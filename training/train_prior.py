@@ -29,6 +29,7 @@ class PriorStage:
         self.image_processor = DalleImageProcessor.from_pretrained(args.dvae)
         self.tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
         self.model = DallePriorForCausalLM(self._make_config())
+        self.model.set_attn_implementation(args.attn_implementation)
         self.model.generation_config.update(**args.generation)
         if args.tokens_column is not None and args.train_data_dir is not None:
             check_store(Path(args.train_data_dir), Path(args.dvae))

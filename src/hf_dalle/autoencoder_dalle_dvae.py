@@ -1,9 +1,10 @@
 """The discrete VAE of stage 1: encoder, quantizer and decoder between pictures and grids of image tokens.
 
 `DalleDVAE` with `quantizer="gumbel"` is the paper's dVAE (section 2.1, appendix A); `quantizer="nearest"` is VQ-VAE
-(van den Oord et al., 2017). The losses live in `losses.py`, the schedules of temperature and beta in the training script.
+(van den Oord et al., 2017). The losses live in `losses.py`, the schedules of temperature and beta in `training/`.
 """
 
+import json
 import math
 from dataclasses import dataclass
 
@@ -45,8 +46,8 @@ class DalleDVAEDecoderOutput(BaseOutput):
     """
 
     sample: torch.Tensor
-    mu: torch.Tensor
-    log_b: torch.Tensor
+    mu: torch.Tensor | None = None  # never None, but accelerate makes outputs anew from a dict as the first argument
+    log_b: torch.Tensor | None = None
 
 
 @dataclass
@@ -60,13 +61,13 @@ class DalleDVAEOutput(DalleDVAEDecoderOutput):
         commitment_loss (`torch.Tensor`): scalar, to be added to the loss; zero with `quantizer="gumbel"`.
     """
 
-    logits: torch.Tensor
-    tokens: torch.Tensor
-    commitment_loss: torch.Tensor
+    logits: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+    commitment_loss: torch.Tensor | None = None
 
 
 class DalleConv2d(nn.Conv2d):
-    """A convolution that keeps the picture's size, initialised to preserve variance (weights N(0, 1 / fan_in), bias 0)."""
+    """A convolution that keeps the picture's size; its weights begin as N(0, 1 / fan_in), its bias as 0."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
         super().__init__(in_channels, out_channels, kernel_size, padding=(kernel_size - 1) // 2)
@@ -74,6 +75,16 @@ class DalleConv2d(nn.Conv2d):
     def reset_parameters(self):
         nn.init.normal_(self.weight, std=1 / math.sqrt(self.in_channels * self.kernel_size[0] ** 2))
         nn.init.zeros_(self.bias)
+
+
+class DalleCodeConv2d(DalleConv2d):
+    """The 1x1 convolution of a map of codes; of tokens, the look-up that equals it on their one-hot vectors."""
+
+    def forward(self, codes: torch.Tensor) -> torch.Tensor:
+        if codes.is_floating_point():
+            return super().forward(codes)
+        # tokens B x h x w, each a column of the C x K weights -> C x B x h x w -> B x C x h x w
+        return self.weight[:, :, 0, 0][:, codes].movedim(0, 1) + self.bias[:, None, None]
 
 
 class DalleEncoderBlock(nn.Module):
@@ -90,10 +101,9 @@ class DalleEncoderBlock(nn.Module):
         self.conv_4 = DalleConv2d(hidden_channels, out_channels, 1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        residual = self.conv_1(F.relu(hidden_states))
-        residual = self.conv_2(F.relu(residual))
-        residual = self.conv_3(F.relu(residual))
-        residual = self.conv_4(F.relu(residual))
+        residual = hidden_states
+        for convolution in (self.conv_1, self.conv_2, self.conv_3, self.conv_4):
+            residual = convolution(F.relu(residual))
         return self.shortcut(hidden_states) + self.residual_scale * residual
 
 
@@ -119,10 +129,20 @@ class DalleDecoderBlock(nn.Module):
         if self.use_upsample:
             residual = F.interpolate(residual, scale_factor=2.0, mode="nearest")
             hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
-        residual = self.conv_2(F.relu(residual))
-        residual = self.conv_3(F.relu(residual))
-        residual = self.conv_4(F.relu(residual))
+        for convolution in (self.conv_2, self.conv_3, self.conv_4):
+            residual = convolution(F.relu(residual))
         return hidden_states + self.residual_scale * residual
+
+
+class DalleGroup(nn.Sequential):
+    """The resblocks of one resolution; gradient checkpointing keeps what goes into a group and nothing inside it."""
+
+    gradient_checkpointing = False  # set by `ModelMixin`, with the function to call
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(super().forward, hidden_states)
+        return super().forward(hidden_states)
 
 
 class DalleEncoder(nn.Module):
@@ -136,24 +156,23 @@ class DalleEncoder(nn.Module):
         self.groups = nn.ModuleList()
         in_channels = block_out_channels[0]
         for channels in block_out_channels:
-            blocks = [DalleEncoderBlock(in_channels, channels, residual_scale)]
-            blocks += [DalleEncoderBlock(channels, channels, residual_scale) for _ in range(layers_per_block - 1)]
-            self.groups.append(nn.Sequential(*blocks))
-            in_channels = channels
+            blocks = []
+            for _ in range(layers_per_block):
+                blocks.append(DalleEncoderBlock(in_channels, channels, residual_scale))
+                in_channels = channels
+            self.groups.append(DalleGroup(*blocks))
         self.conv_out = DalleConv2d(in_channels, out_channels, 1)
 
     def forward(self, mapped: torch.Tensor) -> torch.Tensor:
         # B x 3 x H x W -> B x 3 s^2 x H/s x W/s
         hidden_states = self.conv_in(F.pixel_unshuffle(mapped, self.patch_size))
         for index, group in enumerate(self.groups):
-            if index > 0:
-                hidden_states = F.max_pool2d(hidden_states, kernel_size=2)
-            hidden_states = group(hidden_states)
+            hidden_states = group(F.max_pool2d(hidden_states, kernel_size=2) if index > 0 else hidden_states)
         return self.conv_out(F.relu(hidden_states))
 
 
 class DalleDecoder(nn.Module):
-    """A map of codes to the six maps mu and ln b; nearest-neighbour upsampling between the groups."""
+    """Tokens or a map of codes to the six maps mu and ln b; nearest-neighbour upsampling between the groups."""
 
     def __init__(
         self,
@@ -166,25 +185,21 @@ class DalleDecoder(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         residual_scale = 1 / (len(block_out_channels) * layers_per_block) ** 2
-        self.conv_in = DalleConv2d(in_channels, init_channels, 1)
+        self.conv_in = DalleCodeConv2d(in_channels, init_channels, 1)
         self.groups = nn.ModuleList()
         in_channels = init_channels
         for index, channels in enumerate(block_out_channels):
-            blocks = [DalleDecoderBlock(in_channels, channels, residual_scale, use_upsample=index > 0)]
-            blocks += [
-                DalleDecoderBlock(channels, channels, residual_scale, False) for _ in range(layers_per_block - 1)
-            ]
-            self.groups.append(nn.Sequential(*blocks))
-            in_channels = channels
+            blocks = []
+            for layer in range(layers_per_block):
+                use_upsample = index > 0 and layer == 0
+                blocks.append(DalleDecoderBlock(in_channels, channels, residual_scale, use_upsample))
+                in_channels = channels
+            self.groups.append(DalleGroup(*blocks))
         self.conv_out = DalleConv2d(in_channels, 6 * patch_size**2, 1)
 
-    def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The first 1x1 convolution of a one-hot map as a look-up: tokens B x h x w -> B x C x h x w."""
-        weight = self.conv_in.weight[:, :, 0, 0]
-        return weight[:, tokens].movedim(0, 1) + self.conv_in.bias[:, None, None]
-
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """From the first convolution's output to `(mu, log_b)`, each B x 3 x H x W."""
+    def forward(self, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens B x h x w or a map B x C x h x w to `(mu, log_b)`, each B x 3 x H x W."""
+        hidden_states = self.conv_in(codes)
         for group in self.groups:
             hidden_states = group(hidden_states)
         # B x 6 s^2 x H/s x W/s -> B x 6 x H x W
@@ -198,19 +213,20 @@ class DalleCodebook(nn.Module):
     def __init__(self, vocab_size: int, codebook_dim: int, decay: float):
         super().__init__()
         self.decay = decay
-        codes = torch.randn(vocab_size, codebook_dim)
-        self.register_buffer("codes", codes)
+        self.register_buffer("codes", torch.randn(vocab_size, codebook_dim))
         self.register_buffer("ema_count", torch.ones(vocab_size))
-        self.register_buffer("ema_sum", codes.clone())
+        self.register_buffer("ema_sum", self.codes.clone())
 
     def forward(self, encoded: torch.Tensor) -> torch.Tensor:
         """Minus the squared distance of each cell to each code: B x D x h x w -> B x K x h x w."""
         cross = torch.einsum("bdhw,kd->bkhw", encoded, self.codes)
         return 2 * cross - encoded.square().sum(1, keepdim=True) - self.codes.square().sum(1)[:, None, None]
 
-    def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens B x h x w -> codes B x D x h x w."""
-        return self.codes[tokens].movedim(-1, 1)
+    def embed(self, codes: torch.Tensor) -> torch.Tensor:
+        """Tokens B x h x w or relaxed one-hot vectors B x K x h x w to code vectors B x D x h x w."""
+        if codes.is_floating_point():
+            return torch.einsum("bkhw,kd->bdhw", codes, self.codes)
+        return self.codes[codes].movedim(-1, 1)
 
     @torch.no_grad()
     def update(self, encoded: torch.Tensor, tokens: torch.Tensor):
@@ -253,6 +269,7 @@ class DalleDVAE(ModelMixin, ConfigMixin):
     """
 
     _no_split_modules = ["DalleEncoderBlock", "DalleDecoderBlock"]
+    _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(
@@ -289,8 +306,8 @@ class DalleDVAE(ModelMixin, ConfigMixin):
         encoder, decoder = config.encoder_block_out_channels, config.decoder_block_out_channels
         if len(encoder) != len(decoder) or not encoder or any(width % 4 for width in (*encoder, *decoder)):
             raise ValueError(
-                "`encoder_block_out_channels` and `decoder_block_out_channels` must be of one length and hold multiples"
-                f" of 4; got {list(encoder)} and {list(decoder)}."
+                "`encoder_block_out_channels` and `decoder_block_out_channels` must be of one length, of multiples of"
+                f" 4; got {list(encoder)} and {list(decoder)}."
             )
         if min(config.layers_per_block, config.patch_size, config.vocab_size, config.decoder_in_channels) < 1:
             raise ValueError("`layers_per_block`, `patch_size`, `vocab_size` and `decoder_in_channels` start at 1.")
@@ -314,16 +331,12 @@ class DalleDVAE(ModelMixin, ConfigMixin):
 
     def _encode(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The encoder's output map and the logits made of it: the same tensor with "gumbel"."""
-        factor = self.downsampling_factor
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or not pixel_values.is_floating_point():
+        shape, factor = pixel_values.shape, self.downsampling_factor
+        is_whole = len(shape) == 4 and shape[1] == 3 and shape[2] % factor == shape[3] % factor == 0
+        if not (is_whole and pixel_values.is_floating_point()):
             raise ValueError(
-                "`pixel_values` must be a floating-point tensor B x 3 x H x W with values in [0, 1]; got"
-                f" {tuple(pixel_values.shape)} of {pixel_values.dtype}."
-            )
-        if pixel_values.shape[2] % factor or pixel_values.shape[3] % factor:
-            raise ValueError(
-                f"`pixel_values` are {pixel_values.shape[2]} x {pixel_values.shape[3]} pixels; the downsampling of"
-                f" {factor} does not divide that. Resize or crop them to multiples of {factor}."
+                "`pixel_values` must be floats B x 3 x H x W, where H and W are multiples of the downsampling of"
+                f" {factor}; got {tuple(shape)} of {pixel_values.dtype}."
             )
         encoded = self.encoder(map_pixels(pixel_values, self.config.logit_laplace_eps))
         return encoded, self.codebook(encoded) if self.config.quantizer == "nearest" else encoded
@@ -336,12 +349,16 @@ class DalleDVAE(ModelMixin, ConfigMixin):
         Args:
             pixel_values (`torch.Tensor`): B x 3 x H x W in [0, 1]; H and W multiples of the downsampling.
             return_dict (`bool`): `False` returns the tuple `(logits, tokens)`.
+
+        Raises:
+            ValueError: for pictures of another shape or range.
         """
+        lowest, highest = pixel_values.aminmax()
+        if not (lowest >= 0 and highest <= 1):  # also where they are NaN
+            raise ValueError(f"`pixel_values` must lie in [0, 1], not [-1, 1]; got {lowest:g} to {highest:g}.")
         _, logits = self._encode(pixel_values)
-        tokens = logits.argmax(dim=1)
-        if not return_dict:
-            return logits, tokens
-        return DalleDVAEEncoderOutput(logits=logits, tokens=tokens)
+        output = DalleDVAEEncoderOutput(logits=logits, tokens=logits.argmax(dim=1))
+        return output if return_dict else output.to_tuple()
 
     @apply_forward_hook
     def decode(self, codes: torch.Tensor, return_dict: bool = True) -> DalleDVAEDecoderOutput | tuple:
@@ -351,35 +368,28 @@ class DalleDVAE(ModelMixin, ConfigMixin):
         Args:
             codes (`torch.Tensor`): tokens, B x h x w integers in [0, K), or relaxed one-hot vectors, B x K x h x w.
             return_dict (`bool`): `False` returns the tuple `(sample, mu, log_b)`.
-        """
-        sample, mu, log_b = self._decode(self._embed(codes))
-        if not return_dict:
-            return sample, mu, log_b
-        return DalleDVAEDecoderOutput(sample=sample, mu=mu, log_b=log_b)
 
-    def _embed(self, codes: torch.Tensor) -> torch.Tensor:
-        """Tokens or relaxed one-hot vectors through the codebook and the decoder's first convolution."""
+        Raises:
+            ValueError: for codes of another shape, or tokens outside [0, K).
+        """
         vocab_size = self.config.vocab_size
-        if codes.ndim == 4 and codes.shape[1] == vocab_size and codes.is_floating_point():
-            if self.config.quantizer == "nearest":
-                codes = torch.einsum("bkhw,kd->bdhw", codes, self.codebook.codes)
-            return self.decoder.conv_in(codes)
-        if codes.ndim != 3 or codes.is_floating_point():
+        is_relaxed = codes.is_floating_point() and codes.ndim == 4 and codes.shape[1] == vocab_size
+        is_tokens = codes.dtype in (torch.int64, torch.int32) and codes.ndim == 3
+        if not (is_relaxed or is_tokens):
             raise ValueError(
-                f"`decode` takes tokens (integers, B x h x w) or relaxed one-hot vectors (B x {vocab_size} x h x w); got"
+                f"`decode` takes tokens (int64, B x h x w) or relaxed one-hot vectors (B x {vocab_size} x h x w); got"
                 f" {tuple(codes.shape)} of {codes.dtype}."
             )
-        if codes.numel() and (codes.min() < 0 or codes.max() >= vocab_size):
-            raise ValueError(
-                f"Image tokens must lie in [0, {vocab_size}); got {codes.min().item()} to {codes.max().item()}."
-            )
+        if is_tokens and (codes.min() < 0 or codes.max() >= vocab_size):
+            raise ValueError(f"Image tokens must lie in [0, {vocab_size}); got {codes.min()} to {codes.max()}.")
         if self.config.quantizer == "nearest":
-            return self.decoder.conv_in(self.codebook.embed_tokens(codes))
-        return self.decoder.embed_tokens(codes)
+            codes = self.codebook.embed(codes)
+        output = DalleDVAEDecoderOutput(**self._decode(codes))
+        return output if return_dict else output.to_tuple()
 
-    def _decode(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        mu, log_b = self.decoder(hidden_states)
-        return unmap_pixels(torch.sigmoid(mu), self.config.logit_laplace_eps), mu, log_b
+    def _decode(self, codes: torch.Tensor) -> dict[str, torch.Tensor]:
+        mu, log_b = self.decoder(codes)
+        return {"sample": unmap_pixels(torch.sigmoid(mu), self.config.logit_laplace_eps), "mu": mu, "log_b": log_b}
 
     def forward(
         self,
@@ -393,7 +403,7 @@ class DalleDVAE(ModelMixin, ConfigMixin):
 
         Args:
             pixel_values (`torch.Tensor`): B x 3 x H x W in [0, 1].
-            temperature (`float`): tau of the gumbel-softmax, above 0; as it goes to 0 the codes become one-hot samples.
+            temperature (`float`): tau of the gumbel-softmax, above 0; towards 0 the codes become one-hot samples.
                 Unused with `quantizer="nearest"`, whose gradient passes straight through.
             generator (`torch.Generator`, *optional*): source of the gumbel noise, on the model's device.
             return_dict (`bool`): `False` returns a tuple in the order of [`DalleDVAEOutput`].
@@ -404,20 +414,30 @@ class DalleDVAE(ModelMixin, ConfigMixin):
         tokens = logits.argmax(dim=1)
         commitment_loss = logits.new_zeros(())
         if self.config.quantizer == "nearest":
-            quantized = self.codebook.embed_tokens(tokens)
+            quantized = self.codebook.embed(tokens)
             commitment_loss = self.config.commitment_cost * F.mse_loss(encoded, quantized)
-            hidden_states = self.decoder.conv_in(encoded + (quantized - encoded).detach())
+            codes = encoded + (quantized - encoded).detach()  # straight-through
             if self.training:
                 self.codebook.update(encoded, tokens)
         else:
-            relaxed = gumbel_softmax(logits, temperature, generator)
-            hidden_states = self.decoder.conv_in(relaxed)
-        sample, mu, log_b = self._decode(hidden_states)
-        if not return_dict:
-            return sample, mu, log_b, logits, tokens, commitment_loss
-        return DalleDVAEOutput(
-            sample=sample, mu=mu, log_b=log_b, logits=logits, tokens=tokens, commitment_loss=commitment_loss
-        )
+            codes = gumbel_softmax(logits, temperature, generator)
+        output = DalleDVAEOutput(**self._decode(codes), logits=logits, tokens=tokens, commitment_loss=commitment_loss)
+        return output if return_dict else output.to_tuple()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, output_loading_info: bool = False, **kwargs):
+        """As [`ModelMixin.from_pretrained`], but weights that a file lacks are an `OSError`, not drawn at random."""
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:
+            missing = ", ".join(sorted(info["missing_keys"]))
+            raise OSError(f"{pretrained_model_name_or_path} lacks weights of this model: {missing}.")
+        return (model, info) if output_loading_info else model
+
+    def to_json_string(self) -> str:
+        """The content of config.json, without the place that this model was loaded from."""
+        config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 def gumbel_softmax(logits: torch.Tensor, temperature: float, generator: torch.Generator | None = None) -> torch.Tensor:

@@ -4,6 +4,8 @@ Pure functions of tensors. The losses that use the log-likelihood live in `losse
 `autoencoder_dalle_dvae.py`.
 """
 
+import math
+
 import torch
 
 
@@ -28,6 +30,4 @@ def logit_laplace_log_prob(mapped: torch.Tensor, mu: torch.Tensor, log_b: torch.
         log_b (`torch.Tensor`): log of the scale, same shape.
     """
     log_x, log_1mx = mapped.log(), (1 - mapped).log()
-    return (
-        -(log_x - log_1mx - mu).abs() * torch.exp(-log_b) - log_b - log_x - log_1mx - torch.log(mapped.new_tensor(2.0))
-    )
+    return -(log_x - log_1mx - mu).abs() * torch.exp(-log_b) - log_b - log_x - log_1mx - math.log(2)

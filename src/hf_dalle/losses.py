@@ -30,7 +30,7 @@ class DVAELoss:
 
 
 def kl_to_uniform(logits: torch.Tensor) -> torch.Tensor:
-    """KL divergence from the categorical of `logits` (B x K x h x w) to the uniform over K, summed over cells: (B,)."""
+    """KL divergence of the categorical of `logits` (B x K x h x w) to the uniform over K, summed over cells: (B,)."""
     log_probs = F.log_softmax(logits.float(), dim=1)
     return ((log_probs.exp() * log_probs).sum(dim=1) + math.log(logits.shape[1])).flatten(1).sum(dim=1)
 
@@ -77,8 +77,8 @@ def prior_loss(
     text_loss_weight: float = 1 / 8,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """
-    Cross-entropy of stage 2 (paper, section 2.2): text tokens weigh `text_loss_weight`, image tokens the rest, each kind
-    normalised by its own count.
+    Cross-entropy of stage 2 (paper, section 2.2): text tokens weigh `text_loss_weight`, image tokens the rest, each
+    kind normalised by its own count.
 
     Args:
         text_logits (`torch.Tensor`, *optional*): B x t x text classes.
@@ -88,11 +88,11 @@ def prior_loss(
         text_loss_weight (`float`): in [0, 1].
 
     Returns:
-        `(loss, text_loss, image_loss)`, scalars in nats a token; a kind that is absent (no states, or every label -100)
-        adds nothing and is `None`.
+        `(loss, text_loss, image_loss)`, scalars in nats a token; a kind that is absent (no states, or every label
+        -100) adds nothing and is `None`.
     """
-    text_loss = _mean_cross_entropy(text_logits, text_labels)
-    image_loss = _mean_cross_entropy(image_logits, image_labels)
+    text_loss = mean_cross_entropy(text_logits, text_labels)
+    image_loss = mean_cross_entropy(image_logits, image_labels)
     weighted = [(text_loss, text_loss_weight), (image_loss, 1 - text_loss_weight)]
     terms = [weight * term for term, weight in weighted if term is not None]
     if not terms:
@@ -100,7 +100,8 @@ def prior_loss(
     return sum(terms), text_loss, image_loss
 
 
-def _mean_cross_entropy(logits: torch.Tensor | None, labels: torch.Tensor | None) -> torch.Tensor | None:
+def mean_cross_entropy(logits: torch.Tensor | None, labels: torch.Tensor | None) -> torch.Tensor | None:
+    """Of logits B x t x classes and labels B x t, in nats a label, without those of -100; `None` if none is left."""
     if logits is None or labels is None or not (labels != -100).any():
         return None
     return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)

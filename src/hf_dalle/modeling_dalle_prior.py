@@ -1,8 +1,8 @@
 """The prior: a decoder-only transformer over one stream of text and image tokens (paper, section 2.2).
 
-From outer to inner: `DallePriorForCausalLM` (heads, loss, generation), `DallePriorModel` (embeddings and layers), the
-layer and its parts. The masks are defined in `image_attention.py`; drawing with a generator, guidance and prefixes
-lives in `sampling.py`.
+From outer to inner: `DallePriorForCausalLM` (head and loss), `DallePriorModel` (embeddings and layers), the layer and
+its parts. The masks are defined in `image_attention.py`; `generate()` lives in `generation_dalle_prior.py`, our own
+drawing loop in `sampling.py`.
 """
 
 import math
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -23,8 +23,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_dalle_prior import DallePriorConfig
+from .generation_dalle_prior import DallePriorGenerationMixin
 from .image_attention import stream_attention_mask
-from .losses import prior_loss
+from .losses import mean_cross_entropy, prior_loss
 
 
 @dataclass
@@ -58,7 +59,7 @@ class DallePriorCausalLMOutput(ModelOutput):
 
 
 class DallePriorPreTrainedModel(PreTrainedModel):
-    """Base class: initial weights, and which of the stream's positions are pads."""
+    """Base class: initial and loaded weights, and which of the stream's positions are pads."""
 
     config: DallePriorConfig
     base_model_prefix = "model"
@@ -75,6 +76,26 @@ class DallePriorPreTrainedModel(PreTrainedModel):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, mean=0.0, std=std)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """
+        As in transformers, except for weights that the files lack or hold in another shape: these are not initialised
+        anew.
+
+        Raises:
+            `OSError`: that names such weights; with `ignore_mismatched_sizes=True` only those that are lacking.
+        """
+        use_loading_info = kwargs.pop("output_loading_info", False)
+        is_shape_free = kwargs.pop("ignore_mismatched_sizes", False)
+        kwargs.update(output_loading_info=True, ignore_mismatched_sizes=True)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        wrong = [f"no {key}" for key in info["missing_keys"]]
+        if not is_shape_free:
+            wrong += [f"{key} of {tuple(found)}, not {tuple(own)}" for key, found, own in info["mismatched_keys"]]
+        if wrong:
+            raise OSError(f"{pretrained_model_name_or_path} holds other weights: {', '.join(sorted(wrong))}.")
+        return (model, info) if use_loading_info else model
+
     def _find_pads(self, attention_mask: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor | None:
         """B x positions: which of the stream's `positions` are text positions where `attention_mask` is 0."""
         if attention_mask is None:
@@ -90,7 +111,7 @@ class DallePriorPreTrainedModel(PreTrainedModel):
         return (attention_mask[:, positions.clamp(max=num_columns - 1)] == 0) & (positions < text_length)
 
 
-class DallePriorForCausalLM(DallePriorPreTrainedModel, GenerationMixin):
+class DallePriorForCausalLM(DallePriorPreTrainedModel, DallePriorGenerationMixin):
     """The prior with its joint head, of which text states use the text and pad rows, image states the image rows."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -194,10 +215,8 @@ class DallePriorForCausalLM(DallePriorPreTrainedModel, GenerationMixin):
         loss, text_loss, image_loss = prior_loss(
             text_logits, text_labels, image_logits, image_labels, config.text_loss_weight
         )
-        is_caption = (text_labels >= 0) & (text_labels < config.pad_token_offset)
-        caption_loss = None
-        if is_caption.any():
-            caption_loss = F.cross_entropy(text_logits.detach()[is_caption].float(), text_labels[is_caption])
+        caption_labels = text_labels.masked_fill(text_labels >= config.pad_token_offset, -100)
+        caption_loss = mean_cross_entropy(text_logits.detach(), caption_labels)
         return {"loss": loss, "text_loss": text_loss, "caption_loss": caption_loss, "image_loss": image_loss}
 
     def join_stream(self, text_ids, attention_mask=None, image_tokens=None) -> dict[str, torch.Tensor]:
@@ -239,47 +258,6 @@ class DallePriorForCausalLM(DallePriorPreTrainedModel, GenerationMixin):
         input_ids = torch.cat([text_ids, start, image_tokens.to(text_ids) + config.image_token_offset], dim=1)
         num_ones = input_ids.shape[1] - config.text_length
         return {"input_ids": input_ids, "attention_mask": F.pad(attention_mask, (0, num_ones), value=1)}
-
-    @torch.no_grad()
-    def generate(self, inputs: torch.LongTensor | None = None, generation_config=None, **kwargs):
-        """
-        Draws image tokens with transformers' loop; `sampling.draw_image_tokens` has guidance and generators.
-
-        Args:
-            inputs or input_ids (`torch.LongTensor`):
-                B x text_length, plain output of the tokenizer; or what [`~DallePriorForCausalLM.join_stream`] gives.
-            attention_mask (`torch.Tensor`, *optional*): of the same shape, 0 at pads.
-            generation_config, kwargs: as for [`~transformers.GenerationMixin.generate`].
-
-        Returns:
-            As there; the ids are B x (text_length + 1 + image tokens) of the joint vocabulary, pads replaced. An image
-            token is its id minus `config.image_token_offset`; by default they fill the grid exactly.
-
-        Raises:
-            `ValueError`: as [`~DallePriorForCausalLM.join_stream`], or where the image would outgrow its grid.
-        """
-        config, input_ids = self.config, kwargs.pop("input_ids", inputs)
-        if input_ids is None or input_ids.ndim != 2:
-            raise ValueError("`generate` needs `input_ids`, B x text_length: what the tokenizer gives for captions.")
-        text_ids, start, image_ids = input_ids.tensor_split([config.text_length, config.text_length + 1], dim=1)
-        if (start != config.image_start_token_id).any():
-            raise ValueError(f"After the text comes start-of-image, {config.image_start_token_id}: use `join_stream`.")
-        mask = kwargs.pop("attention_mask", None)
-        mask = mask if mask is None else mask[:, : config.text_length]
-        # The pads are replaced before the loop, so that no step and no kind of cache needs the mask.
-        stream = self.join_stream(text_ids, mask, image_ids - config.image_token_offset)
-        return super().generate(stream["input_ids"], generation_config, **kwargs)
-
-    @staticmethod
-    def create_masks_for_generate(**kwargs) -> None:
-        """No mask: the layers look theirs up by position, for static caches too."""
-
-    def init_continuous_batching(self, *args, **kwargs):
-        """Refused: continuous batching builds plain causal masks and would draw wrong images without an error."""
-        raise ValueError(
-            "Continuous batching (`generate_batch`, cache_implementation='paged') knows no row, column or conv "
-            "attention. Use `generate` with a batch of captions."
-        )
 
 
 def _check_range(name: str, ids: torch.Tensor, size: int):

@@ -414,6 +414,7 @@ def _check_fit(prior, dvae, tokenizer, image_processor) -> None:
         ("dvae.config.vocab_size", dvae.config.vocab_size, "prior.config.image_vocab_size", config.image_vocab_size),
         ("dvae.image_grid_size", dvae.image_grid_size, "prior.config.image_grid_size", config.image_grid_size),
         ("tokenizer.model_max_length", tokenizer.model_max_length, "prior.config.text_length", config.text_length),
+        ("tokenizer.bos_token_id", tokenizer.bos_token_id, "prior.config.bos_token_id", config.bos_token_id),
         ("image_processor.size", size, "dvae.config.sample_size", dvae.config.sample_size),
         ("len(tokenizer)", num_ids, "prior.config.text_vocab_size", min(num_ids, config.text_vocab_size)),
     ]

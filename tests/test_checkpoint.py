@@ -1,0 +1,74 @@
+"""The checkpoint that this repository ships: small, whole, honest about its place, and different for different captions."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from hf_dalle import DALLEPipeline
+
+
+FOLDER = Path(__file__).parents[1] / "checkpoints" / "emoji-mini"
+CAPTIONS = [
+    "a glossy 3d style emoji of hedgehog",
+    "a noto style emoji of red apple",
+    "an outlined openmoji style emoji of house",
+    "a flat fluent style emoji of octopus",
+]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipeline = DALLEPipeline.from_pretrained(FOLDER)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_sizes(pipe):
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 24e6
+    assert 5e6 < sum(parameter.numel() for parameter in pipe.prior.parameters()) < 10e6
+    assert pipe.dvae.config.sample_size == 64 and pipe.dvae.image_grid_size == 8
+
+
+def test_it_loads_as_float32_by_either_class(pipe):
+    plain = DiffusionPipeline.from_pretrained(FOLDER)
+    assert type(plain) is DALLEPipeline
+    for part in (pipe.prior, pipe.dvae, plain.prior, plain.dvae):
+        assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
+
+
+def test_its_files_name_no_place():
+    for path in FOLDER.rglob("*.json"):
+        text = path.read_text()
+        assert "_name_or_path" not in json.loads(text) and "/work" not in text and "/home" not in text, path
+
+
+def test_different_captions_draw_different_pictures(pipe):
+    """From one seed; and apart by more than two seeds of one caption would be by chance in a token or two."""
+    draw = {
+        caption: pipe(caption, generator=torch.Generator().manual_seed(0), output_type="latent").images[0]
+        for caption in CAPTIONS
+    }
+    for one in CAPTIONS:
+        for other in CAPTIONS:
+            if one < other:
+                assert (draw[one] != draw[other]).float().mean() > 0.3, (one, other)
+
+
+def test_colours_follow_the_caption(pipe):
+    """A red apple is redder than the green salad and the blue heart, over 8 pictures each: mean of R, G, B off white."""
+    means = {}
+    for caption in ("red heart", "green heart", "blue heart"):
+        drawn = pipe(
+            f"a glossy 3d style emoji of {caption}",
+            num_images_per_prompt=8,
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+        ).images
+        means[caption] = (1 - drawn).mean(dim=(0, 2, 3))  # ink, as what is missing from white
+    red, green, blue = (means[f"{name} heart"] for name in ("red", "green", "blue"))
+    assert red[0] / red.sum() < green[0] / green.sum() and red[0] / red.sum() < blue[0] / blue.sum()
+    assert green[1] / green.sum() < red[1] / red.sum()
+    assert blue[2] / blue.sum() < red[2] / red.sum()
