@@ -34,6 +34,11 @@ def test_a_floor_under_log_b_is_a_clamp():
     assert (log_b.grad != 0).equal(log_b >= -2.0)
 
 
+def test_prior_losses_of_halves_are_computed_in_float32():
+    logits, labels = 8 * torch.randn(4, 50, 16).bfloat16(), torch.randint(16, (4, 50))
+    assert prior_loss(logits, labels, logits, labels) == prior_loss(logits.float(), labels, logits.float(), labels)
+
+
 def test_losses_of_halves_are_computed_in_float32():
     pixels, mu, log_b = torch.rand(1, 3, 8, 8), torch.randn(1, 3, 8, 8).half(), torch.randn(1, 3, 8, 8).half()
     logits = torch.randn(1, 5, 2, 2).half()

@@ -5,6 +5,7 @@ Losses and training are in `test_training_dalle_prior.py`, generation in `test_g
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import cpu_offload
 from safetensors.torch import load_file, save_file
 from tiny import ATTENTION_TYPES
@@ -31,6 +32,44 @@ def test_one_layer_sees_what_its_mask_allows(attention_type):
     sees = torch.stack([torch.autograd.grad(state.sum(), embeds, retain_graph=True)[0][0] for state in states[0] ** 2])
     sees = sees.abs().sum(-1) > 0  # states x inputs
     assert sees.equal(stream_attention_mask(attention_type, TEXT, 4, 3))
+
+
+def compute_plain_states(prior, ids):
+    """The paper's network for one stream, head by head: pre-LN layers on tokens with their positions, a last norm."""
+    model, config = prior.model, prior.config
+    states = []
+    for position, token in enumerate(ids.tolist()):
+        place = model.text_position_embedding.weight[position] if position < TEXT else 0
+        if position >= TEXT:
+            row, column = divmod(position - TEXT, config.image_grid_size)
+            place = model.image_row_embedding.weight[row] + model.image_column_embedding.weight[column]
+        states.append(model.embed_tokens.weight[token] + place)
+    states = torch.stack(states)
+    head_dim = config.hidden_size // config.num_attention_heads
+    for layer, attention_type in zip(model.layers, config.attention_types, strict=True):
+        mask = stream_attention_mask(attention_type, TEXT, config.image_grid_size, config.conv_kernel_size)
+        attention, normed, heads = layer.self_attn, layer.input_layernorm(states), []
+        parts = [projection(normed) for projection in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        for query, key, value in zip(*(part.split(head_dim, dim=-1) for part in parts), strict=True):
+            scores = (query @ key.T / head_dim**0.5).masked_fill(~mask, -torch.inf)
+            heads.append(scores.softmax(-1) @ value)
+        states = states + attention.o_proj(torch.cat(heads, dim=-1))
+        mlp = layer.mlp
+        states = states + mlp.fc2(F.gelu(mlp.fc1(layer.post_attention_layernorm(states))))
+    return model.norm(states)
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_states_are_the_plain_computation(attn_implementation):
+    prior = build_small_prior(attn_implementation=attn_implementation)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in prior.named_parameters():
+            if name.endswith("bias") or "norm" in name:  # as after training: one that is lost must be seen
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        ids = draw_stream(prior, batch_size=1)
+        states = prior.model(ids).last_hidden_state[0]
+        torch.testing.assert_close(states, compute_plain_states(prior, ids[0]), **TOLERANCE)
 
 
 @each_type

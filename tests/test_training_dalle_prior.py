@@ -138,12 +138,20 @@ def test_a_model_first_used_in_inference_mode_can_train():
     prior(**stream, labels=stream["input_ids"]).loss.backward()
 
 
-def test_dropout_acts_in_training_only():
-    prior = build_small_prior(embedding_dropout=0.5, hidden_dropout=0.5, attention_dropout=0.5)
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["embedding_dropout", "hidden_dropout", "attention_dropout"])
+def test_dropout_acts_in_training_only(kind, attn_implementation):
+    prior = build_small_prior(attn_implementation=attn_implementation, **{kind: 0.5})
     ids = draw_stream(prior)
     assert prior(ids).logits.equal(prior(ids).logits)
     prior.train()
     assert not prior(ids).logits.equal(prior(ids).logits)
+
+
+def test_hidden_dropout_is_on_all_that_layers_add():
+    prior = build_small_prior(hidden_dropout=1.0).train()
+    states = prior.model(draw_stream(prior), output_hidden_states=True).hidden_states
+    assert states[-1].equal(prior.model.norm(states[0]))
 
 
 def test_bf16_is_finite():
