@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from tiny import build_pipeline
 
+from hf_dalle import DALLEPipeline
 from hf_dalle.cli import main, make_grid
 
 
@@ -69,6 +70,11 @@ def test_number_dtype_and_a_new_seed_each_time(run, checkpoint):
         assert code == 0 and Image.open("dalle.png").size == (16, 16)
         seeds.append(out.split("seed ")[1].split(":")[0])
     assert seeds[0] != seeds[1]
+    run("a red fox", "--checkpoint", checkpoint, "--seed", 3, "--dtype", "bfloat16")
+    half = DALLEPipeline.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    expected = half("a red fox", num_images_per_prompt=4, generator=torch.Generator().manual_seed(3)).images
+    assert np.array_equal(np.asarray(Image.open("dalle.png")), np.asarray(make_grid(expected)))
+    assert not np.array_equal(np.asarray(make_grid(expected)), np.asarray(make_grid(draw())))
 
 
 def test_the_default_checkpoint(run, tmp_path, checkpoint):

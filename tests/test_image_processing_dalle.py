@@ -143,7 +143,7 @@ def test_postprocess_inverts_preprocess():
     pictures = processor.postprocess(pixel_values)
     assert [picture.mode for picture in pictures] == ["RGB", "RGB"]
     np.testing.assert_array_equal(np.asarray(pictures[1]), pixels)
-    arrays = processor.postprocess(pixel_values.bfloat16(), "np")
+    arrays = processor.postprocess(pixel_values.bfloat16().requires_grad_(), "np")
     assert arrays.shape == (2, 8, 8, 3) and arrays.dtype == np.float32
     np.testing.assert_allclose(arrays[0] * 255, pixels, atol=1)
     torch.testing.assert_close(processor.postprocess(pixel_values, "pt"), pixel_values)

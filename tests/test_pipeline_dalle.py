@@ -184,6 +184,8 @@ def test_a_full_grid_is_only_decoded(pipe):
     handle.remove()
     assert torch.equal(images, pipe.dvae.decode(latents.view(2, GRID, GRID)).sample)
     assert calls == [] and pipe.num_timesteps == 0
+    assert tokens_of(pipe, CAPTIONS[:2], latents=latents.int()).equal(latents.view(2, GRID, GRID))
+    assert tokens_of(pipe, CAPTIONS[:2], latents=latents.int()).dtype == torch.int64
 
 
 # ------------------------------------------------------------------------------------------- callbacks and interrupts
@@ -246,8 +248,11 @@ def test_an_interrupted_picture_is_filled_with_grey(dvae_seed):
         return tensors
 
     pipe = build_pipeline(dvae=build_dvae(dvae_seed))
+    encoded = []
+    pipe.dvae.encoder.register_forward_pre_hook(lambda module, inputs: encoded.append(inputs[0]))
     whole = tokens_of(pipe, "a red fox", num_images_per_prompt=2)
     tokens = tokens_of(pipe, "a red fox", num_images_per_prompt=2, callback_on_step_end=callback)
+    assert len(encoded) == 1 and (encoded[0] == 0.5).all()
     grey = pipe.dvae.encode(torch.full((1, 3, 16, 16), 0.5)).tokens.flatten().tolist()
     most_frequent = max(sorted(set(grey)), key=grey.count)
     assert pipe.interrupt and len(set(grey)) > 1
@@ -308,6 +313,16 @@ def test_the_reranker_puts_each_prompts_best_first(pipe):
     assert [sorted(order) for order in orders] == [list(range(5))] * 2 and orders != [list(range(5))] * 2
     assert output.nsfw_content_detected == [not np.asarray(picture).any() for picture in output.images]
     assert sum(output.nsfw_content_detected) == 1
+
+
+def test_scores_of_long_prompts_and_of_halves():
+    parts, pictures = build_reranker(), [random_picture(0), random_picture(1)]
+    prompt = CAPTIONS[2] + " zq" * 40  # longer than the reranker's text
+    scores = score_images(parts["reranker"], parts["reranker_processor"], prompt, pictures)
+    assert scores.shape == (2,) and not scores.requires_grad
+    half = score_images(parts["reranker"].bfloat16(), parts["reranker_processor"], prompt, pictures)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, scores, atol=0.1, rtol=0.05)
 
 
 # ---------------------------------------------------------------------------------------------- parts that do not fit

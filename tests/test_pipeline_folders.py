@@ -105,6 +105,13 @@ def test_parts_given_take_the_place_of_saved_ones(folder):
         DALLEPipeline.from_pretrained(folder, tokenizer=build_tokenizer(text_length=9))
 
 
+def test_parts_given_need_not_be_in_the_folder(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "pipeline")
+    shutil.rmtree(tmp_path / "pipeline" / "prior")
+    loaded = DALLEPipeline.from_pretrained(tmp_path / "pipeline", prior=build_prior(seed=1, caption_dropout=0.1))
+    assert torch.equal(draw(loaded), draw(build_pipeline(prior=build_prior(seed=1))))
+
+
 def test_parts_that_do_not_fit_are_refused_at_load(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "pipeline")
     build_prior(image_vocab_size=32).save_pretrained(tmp_path / "pipeline" / "prior")

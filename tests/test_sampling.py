@@ -147,6 +147,17 @@ def test_dtypes_draw_tokens(prior):
     assert torch.equal(tokens, draw(prior, encode(CAPTIONS[0]), seeds(0))), "float64 draws what float32 draws"
 
 
+def test_logits_of_halves_are_drawn_from_in_float64():
+    prior, texts = build_prior(initializer_range=0.05, image_vocab_size=4096).bfloat16(), encode(CAPTIONS[0])
+    _, tokens = next(draw_image_tokens(prior, *texts, generators=seeds(*range(500)), num_images_per_prompt=500))
+    with torch.no_grad():
+        logits = prior(**prior.join_stream(*texts), logits_to_keep=1).image_logits[0, -1]
+    cumulative = np.cumsum(logits.double().softmax(-1).numpy())
+    for row, generator in enumerate(seeds(*range(500))):
+        uniform = torch.rand(NUM_CELLS, dtype=torch.float64, generator=generator)[0].item()
+        assert tokens[row, 0] == np.argmax(cumulative > uniform * cumulative[-1])
+
+
 def test_overflowing_logits_are_an_error():
     prior = build_prior()
     with torch.no_grad():
@@ -183,14 +194,16 @@ def test_a_prefix_an_image(prior):
 
 
 def test_yields_after_each_cell_and_goes_on_from_changed_tokens(prior):
-    texts, cells = encode(CAPTIONS[0]), []
+    texts, cells, has_grad = encode(CAPTIONS[0]), [], []
+    handle = prior.register_forward_pre_hook(lambda *args: has_grad.append(torch.is_grad_enabled()))
     for cell, tokens in draw_image_tokens(prior, *texts, generators=seeds(0)):
         cells.append(cell)
         assert (tokens[:, : cell + 1] >= 0).all() and (tokens[:, cell + 1 :] == -1).all()
-        assert not tokens.requires_grad and torch.is_grad_enabled()
+        assert torch.is_grad_enabled()
         if cell == 2:
             tokens[:, 2] = (tokens[:, 2] + 5) % NUM_CODES
-    assert cells == list(range(NUM_CELLS))
+    handle.remove()
+    assert cells == list(range(NUM_CELLS)) and not any(has_grad)
     expected = plain_draw(prior, texts, seeds(0)[0], prefix=tokens[0, :3].tolist())
     assert tokens[0].tolist() == expected != draw(prior, texts, seeds(0))[0].tolist()
 

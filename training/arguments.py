@@ -6,19 +6,13 @@ Names are those of diffusers' training scripts. The order of a run lives in `loo
 
 import difflib
 import json
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
-
-
-class JsonDict(dict):
-    """A dict that the command line gives as JSON."""
-
-    def __init__(self, value: str | dict = ()):
-        super().__init__(json.loads(value) if isinstance(value, str) else value)
 
 
 @dataclass
@@ -34,11 +28,13 @@ class TrainArguments:
     validation_split: str | None = field(default=None, metadata={"help": "Split to validate on; none: no validation."})
     image_column: str = "image"
     caption_column: str = field(default="captions", metadata={"help": "Strings, or lists of strings to choose from."})
-    model: JsonDict = field(default_factory=JsonDict, metadata={"help": "Arguments of the model's configuration."})
+    model: dict = field(default_factory=dict, metadata={"help": "Arguments of the model's configuration (JSON)."})
     resize_range: list[float] | None = field(
         default=None, metadata={"help": "Augmentation: resized side / size; none: the whole centre square as it is."}
     )
-    crop_range: list[float] | None = field(default=None, metadata={"help": "Augmentation: place of the square crop."})
+    crop_range: list[float] | None = field(
+        default=None, metadata={"help": "Augmentation: place of the square crop; none: the paper's for the stage."}
+    )
     do_random_flip: bool = field(default=False, metadata={"help": "Augmentation: mirror half of the pictures."})
     train_batch_size: int = field(default=8, metadata={"help": "Pictures a process and forward pass."})
     eval_batch_size: int = 32
@@ -58,13 +54,15 @@ class TrainArguments:
     seed: int = 0
     dataloader_num_workers: int = 0
     checkpointing_steps: int = field(default=500, metadata={"help": "Updates between checkpoints."})
-    checkpoints_total_limit: int | None = field(default=2, metadata={"help": "Older checkpoints are deleted."})
+    checkpoints_total_limit: int | None = field(
+        default=2, metadata={"help": "Older checkpoints are deleted; none: all are kept."}
+    )
     resume_from_checkpoint: str | None = field(
-        default="latest", metadata={"help": "'latest' (or from the start if there is none), a path, or 'none'."}
+        default="latest", metadata={"help": "'latest' (or from the start if there is none), a path, or none."}
     )
     validation_steps: int = field(default=500, metadata={"help": "Updates between validations."})
     logging_steps: int = 10
-    report_to: str | None = field(default="tensorboard", metadata={"help": "A tracker of Accelerate, or 'none'."})
+    report_to: str | None = field(default="tensorboard", metadata={"help": "A tracker of Accelerate; none: no other."})
     weights_dtype: Literal["float32", "float16", "bfloat16"] = field(
         default="float32", metadata={"help": "Of the finished model on disk; it loads as float32."}
     )
@@ -74,16 +72,16 @@ class TrainArguments:
             raise ValueError("`output_dir` is missing: name the folder for checkpoints and the finished model.")
         if (self.train_data_dir is None) == (self.dataset_name is None):
             raise ValueError("Give exactly one of `train_data_dir` and `dataset_name`.")
-        for name in ("train_batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_train_steps",
-                     "checkpointing_steps", "validation_steps", "logging_steps"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; expected at least 1.")
+        for is_right, words, names in _RANGES:
+            for name in names:
+                value = getattr(self, name, None)
+                if value is not None and not is_right(value):
+                    raise ValueError(f"`{name}` is {value}; expected a number {words}.")
         for name in ("resize_range", "crop_range"):
             if getattr(self, name) is not None and len(getattr(self, name)) != 2:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; expected two numbers, low and high.")
-        for name in ("report_to", "resume_from_checkpoint", "validation_split"):
-            if getattr(self, name) in ("none", ""):
-                setattr(self, name, None)
+        if self.resize_range is None and (self.crop_range is not None or self.do_random_flip):
+            raise ValueError("`crop_range` and `do_random_flip` do nothing without `resize_range`, e.g. [1.0, 1.0].")
 
 
 @dataclass
@@ -121,17 +119,18 @@ class PriorArguments(TrainArguments):
     )
     caption_dropout: float = field(default=0.1, metadata={"help": "Share of captions emptied, for guidance."})
     attn_implementation: Literal["sdpa", "eager"] = field(
-        default="sdpa", metadata={"help": "Of the prior in training; on short streams in bf16 on a CPU eager is quicker."}
+        default="sdpa",
+        metadata={"help": "Of the prior in training; on short streams in bf16 on a CPU eager is quicker."},
     )
     bpe_dropout: float = field(default=0.1, metadata={"help": "Share of BPE merges skipped in training."})
     adam_beta2: float = 0.96
     adam_weight_decay: float = 4.5e-2
-    max_grad_norm: float | None = 4.0
+    max_grad_norm: float | None = field(default=4.0, metadata={"help": "Global norm to clip at; none: no clipping."})
     learning_rate: float = 4.5e-4
     validation_prompts: list[str] | None = field(default=None, metadata={"help": "Captions drawn at each validation."})
     num_validation_images: int = field(default=4, metadata={"help": "Pictures a validation caption."})
-    generation: JsonDict = field(
-        default_factory=JsonDict, metadata={"help": "Default sampling arguments saved with the model."}
+    generation: dict = field(
+        default_factory=dict, metadata={"help": "Default sampling arguments saved with the model (JSON)."}
     )
 
     def __post_init__(self):
@@ -139,59 +138,142 @@ class PriorArguments(TrainArguments):
         for name in ("dvae", "tokenizer"):
             if not getattr(self, name):
                 raise ValueError(f"`{name}` is missing: name the folder of the trained {name}.")
-        for name in ("caption_dropout", "bpe_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; expected a share in [0, 1).")
+        if self.tokens_column is not None and self.resize_range is not None:
+            raise ValueError("`resize_range` does nothing to stored tokens: precompute_image_tokens.py augments them.")
+        if self.caption_dropout == 0 and not all(prompt.strip() for prompt in self.validation_prompts or ()):
+            raise ValueError("One of `validation_prompts` is empty, which needs a `caption_dropout` above 0.")
 
 
 STAGES = {"dvae": DVAEArguments, "prior": PriorArguments}
+
+_RANGES = [
+    (
+        lambda value: value >= 1,
+        "from 1",
+        (
+            *("train_batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_train_steps"),
+            *("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "logging_steps"),
+            "num_validation_images",
+        ),
+    ),
+    (
+        lambda value: value >= 0,
+        "from 0",
+        (
+            *("learning_rate", "lr_warmup_steps", "adam_weight_decay", "seed", "dataloader_num_workers"),
+            *("temperature_anneal_steps", "kl_weight", "kl_weight_warmup_steps", "encoder_lr_ratio"),
+        ),
+    ),
+    (lambda value: value > 0, "above 0", ("adam_epsilon", "max_grad_norm", "temperature_start", "temperature_end")),
+    (
+        lambda value: 0 <= value < 1,
+        "in [0, 1)",
+        ("adam_beta1", "adam_beta2", "ema_decay", "caption_dropout", "bpe_dropout"),
+    ),
+    (lambda value: 0 <= value <= 1, "in [0, 1]", ("lr_min_ratio",)),
+]
 
 
 def parse_arguments(argv: list[str]) -> TrainArguments:
     """
     Reads `CONFIG.yaml [--option value ...]` into the dataclass of the stage that the YAML names.
 
+    An option takes `none` where the setting may be absent; a list takes several values; a dict takes JSON.
+
     Raises:
         ValueError: for an unknown stage or key (named, with the nearest right one) or a value that does not fit.
         OSError: if the file cannot be read.
+        SystemExit: after `--help`.
     """
+    usage = "Usage: train.py CONFIG.yaml [--option value ...]; `train.py CONFIG.yaml --help` lists the options."
+    if argv in (["-h"], ["--help"]):
+        print(usage)
+        raise SystemExit
     if not argv or argv[0].startswith("-"):
-        raise ValueError(f"Usage: train.py CONFIG.yaml [--option value ...]; got {' '.join(argv) or 'nothing'}.")
+        raise ValueError(f"There is no settings file. {usage}")
     values = _read_yaml(Path(argv[0]))
     stage = values.pop("stage", None)
-    if stage not in STAGES:
+    if str(stage) not in STAGES:
         raise ValueError(f"{argv[0]} says `stage: {stage}`; expected one of {', '.join(STAGES)}.")
-    names = [item.name for item in fields(STAGES[stage])]
-    for key in values:
-        if key not in names:
-            near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-            hint = f" Did you mean `{near[0]}`?" if near else f" Known keys: {', '.join(names)}."
-            raise ValueError(f"{argv[0]} has an unknown key `{key}`.{hint}")
-    # The file's values become options in front of the user's, so argparse checks both in one way and the last one wins.
-    options = [token for key, value in values.items() if value is not None for token in _as_option(key, value)]
-    parser = HfArgumentParser(STAGES[stage], prog="train.py", allow_abbrev=False, exit_on_error=False)
-    arguments, unknown = parser.parse_args_into_dataclasses(
-        options + argv[1:], return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].lstrip("-"), names, n=1, cutoff=0.5)
-        raise ValueError(f"Unknown option {unknown[0]}." + (f" Did you mean --{near[0]}?" if near else ""))
-    return arguments
+    kinds = get_type_hints(STAGES[stage])
+    options = _read_options(argv[1:])
+    if options.keys() & {"help", "h"}:
+        print(usage, *_describe(STAGES[stage]), sep="\n")
+        raise SystemExit
+    check_names(values, kinds, argv[0])
+    check_names(options, kinds, "The command line")
+    values = {**values, **options}
+    return STAGES[stage](**{name: _convert(name, kinds[name], value) for name, value in values.items()})
+
+
+def check_names(given: Collection[str], known: Collection[str], where: str) -> None:
+    """Raises a `ValueError` for a name in `given` that is not `known`; it gives the nearest that is."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+            hint = f"Did you mean `{near[0]}`?" if near else f"Known are {', '.join(known)}."
+            raise ValueError(f"{where} has an unknown key `{name}`. {hint}")
 
 
 def _read_yaml(path: Path) -> dict:
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold `key: value` lines; got {type(values).__name__}.")
     return values
 
 
-def _as_option(key: str, value) -> list[str]:
-    if isinstance(value, dict):
-        return [f"--{key}", json.dumps(value)]
-    if isinstance(value, list):
-        return [f"--{key}", *map(str, value)]
-    return [f"--{key}={value}"]
+def _read_options(tokens: list[str]) -> dict[str, Any]:
+    """`--name value`, `--name=value`, `--name value value` (a list) and `--name` (true); the last of a name counts."""
+    options, values = {}, None
+    for token in tokens:
+        if token.startswith("--") or token == "-h":
+            name, is_joined, value = token.lstrip("-").partition("=")
+            values = options[name.replace("-", "_")] = [value] if is_joined else []
+        elif values is None:
+            raise ValueError(f"Expected an option, `--name value`, but got {token!r}.")
+        else:
+            values.append(token)
+    return {name: values if len(values) > 1 else (values or [True])[0] for name, values in options.items()}
+
+
+def _convert(name: str, kind: Any, value: Any) -> Any:
+    """A value of the YAML file, or the string of an option, as the setting's type."""
+    may_be_none = isinstance(kind, UnionType)
+    if may_be_none:
+        if value in (None, "none"):
+            return None
+        kind = get_args(kind)[0]
+    try:
+        return _cast(kind, value)
+    except (TypeError, ValueError) as error:
+        words = getattr(kind, "__name__", "") if get_origin(kind) is None else str(kind).replace("typing.", "")
+        raise ValueError(f"`{name}` is {value!r}; expected {words}{' or none' if may_be_none else ''}.") from error
+
+
+def _cast(kind: Any, value: Any) -> Any:
+    if get_origin(kind) is list:
+        return [_cast(get_args(kind)[0], part) for part in (value if isinstance(value, list) else [value])]
+    if get_origin(kind) is Literal:
+        value = "no" if value is False else value  # YAML reads a bare `no` as false
+        is_right = value in get_args(kind)
+    elif kind is dict:
+        value = json.loads(value) if isinstance(value, str) else value
+        is_right = isinstance(value, dict)
+    elif kind is bool:
+        value = {"true": True, "false": False}.get(str(value).lower())
+        is_right = value is not None
+    else:
+        is_right = isinstance(value, str | int | float) and not isinstance(value, bool)
+        value = kind(str(value)) if is_right else value  # through str: a 2.5 is no int, a YAML 1e-4 is a string
+    if not is_right:
+        raise ValueError(value)
+    return value
+
+
+def _describe(stage: type) -> Iterator[str]:
+    for item in fields(stage):
+        default = {} if item.type is dict else item.default
+        yield f"  --{item.name} ({default!r}): {item.metadata.get('help', '')}".rstrip(": ")

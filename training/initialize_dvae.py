@@ -1,8 +1,9 @@
-"""Where a short dVAE run starts from: a codebook taken from the data, instead of the random one that the paper starts from.
+"""Where a short dVAE run starts from: a codebook taken from the data, instead of the paper's random one.
 
-From random weights all cells agree on a few codes within some hundred updates at the learning rates that a run of minutes
-needs, and the others never come back. Here the encoder's features are clustered, and each code begins as one cluster: the
-1x1 convolutions on both sides of the codebook are set, so the model's architecture and its file stay what they are.
+From random weights all cells agree on a few codes within some hundred updates at the learning rates that a run of
+minutes needs, and the others never come back. Here the encoder's features are clustered, and each code begins as one
+cluster: the 1x1 convolutions on both sides of the codebook are set, so the model's architecture and its file stay what
+they are.
 """
 
 import math
@@ -21,12 +22,13 @@ def initialize_from_data(model: DalleDVAE, pixel_values: torch.Tensor, kl_per_to
     Args:
         model ([`DalleDVAE`]): changed in place.
         pixel_values (`torch.Tensor`): some hundred pictures, B x 3 x H x W in [0, 1]; at least K cells in all.
-        kl_per_token (`float`): with `quantizer="gumbel"`, how sharp the encoder begins: the KL to the uniform prior in nats
-            a cell, between 0 and ln K.
+        kl_per_token (`float`):
+            With `quantizer="gumbel"`, how sharp the encoder begins: the KL to the uniform prior in nats a cell, on
+            average over these pictures, between 0 and ln K. Unused with "nearest".
         seed (`int`): of the clustering.
 
     Raises:
-        ValueError: for too few pictures, or a KL out of range.
+        ValueError: for too few pictures, or a KL that is out of range or cannot be reached.
     """
     generator = torch.Generator().manual_seed(seed)
     vocab_size, is_nearest = model.config.vocab_size, model.config.quantizer == "nearest"
@@ -54,7 +56,7 @@ def initialize_from_data(model: DalleDVAE, pixel_values: torch.Tensor, kl_per_to
 
 
 def cell_features(model: DalleDVAE, pixel_values: torch.Tensor) -> torch.Tensor:
-    """What the codes are compared with, cells x width: the input of the last 1x1 ("gumbel") or its output ("nearest")."""
+    """What codes are compared with, cells x width: input of the last 1x1 ("gumbel") or its output ("nearest")."""
     caught = []
     is_nearest = model.config.quantizer == "nearest"
     hook = model.encoder.conv_out.register_forward_hook(
@@ -74,7 +76,7 @@ def cluster(
     """k-means from random distinct cells; a centre that loses all its cells stays where it was."""
     distinct = torch.unique(features, dim=0)
     if len(distinct) < num_clusters:
-        distinct = features
+        raise ValueError(f"Only {len(distinct)} cells differ, which are too few for {num_clusters} codes.")
     centres = distinct[torch.randperm(len(distinct), generator=generator)[:num_clusters]].clone()
     for _ in range(num_rounds):
         nearest = torch.cat([torch.cdist(chunk, centres).argmin(dim=1) for chunk in features.split(4096)])
@@ -87,12 +89,15 @@ def cluster(
 def find_scale(features: torch.Tensor, centres: torch.Tensor, kl_per_token: float) -> float:
     """The s at which softmax(-s |h - c_k|^2) has, on average, this KL to the uniform: bisection on a log scale."""
     distances = torch.cdist(features, centres).square()
-    low, high = 1e-4, 1e6
+    unit = distances.mean().item()
+    low, high = 1e-6 / unit, 1e9 / unit
     for _ in range(60):
         scale = math.sqrt(low * high)
         log_probs = (-scale * distances).log_softmax(dim=1)
         kl = (log_probs.exp() * log_probs).sum(dim=1).mean().item() + math.log(len(centres))
         low, high = (scale, high) if kl < kl_per_token else (low, scale)
+    if abs(kl - kl_per_token) > 0.01:
+        raise ValueError(f"`kl_per_token` of {kl_per_token} is out of reach: on these pictures it comes to {kl:.2f}.")
     return scale
 
 

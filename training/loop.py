@@ -4,18 +4,25 @@ A stage (see `train_dvae.py`, `train_prior.py`) brings the model, the batches, t
 """
 
 import json
+import math
+import pickle
+import re
 import shutil
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from arguments import TrainArguments
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -60,7 +67,13 @@ class Progress:
 
 
 def run(args: TrainArguments, accelerator: Accelerator, stage: Stage) -> None:
-    """Trains `stage` to the end of `args`, going on from its newest checkpoint, and saves the finished model."""
+    """
+    Trains `stage` to the end of `args`, going on from its newest checkpoint, and saves the finished model.
+
+    Raises:
+        ValueError: for a checkpoint that does not fit, or a loss that is no longer a number.
+        OSError: for a checkpoint that is missing or damaged.
+    """
     output_dir = Path(args.output_dir)
     optimizer = torch.optim.AdamW(
         stage.parameter_groups(),
@@ -75,34 +88,39 @@ def run(args: TrainArguments, accelerator: Accelerator, stage: Stage) -> None:
     ema = EMAModel(parameters, decay=args.ema_decay, foreach=True) if args.use_ema else None
     progress = Progress()
     accelerator.register_for_checkpointing(progress, schedule, *([ema] if ema else []))
-    _resume(args, accelerator, output_dir)
+    _resume(args, accelerator, optimizer, schedule, ema, progress)
+    _clean(accelerator, output_dir, progress.step)
     if ema:
         ema.to(accelerator.device)
-    if accelerator.is_main_process:
-        _drop_log_after(output_dir / "metrics.jsonl", progress.step)
 
-    batches = _batches(args, accelerator, stage, progress.step)
+    skipped = {}
+    batches = _report_skipped(_batches(args, accelerator, stage, progress.step), skipped)
     bar = tqdm(total=args.max_train_steps, initial=progress.step, disable=not accelerator.is_main_process, unit="step")
-    meter, skipped = Meter(), set()
+    meter = Meter()
     while progress.step < args.max_train_steps:
-        logs = _update(args, accelerator, stage, model, optimizer, batches, progress.step, skipped)
+        _update(args, accelerator, stage, model, optimizer, batches, progress.step, meter)
+        learning_rate = optimizer.param_groups[0]["lr"]
         schedule.step()
         progress.step += 1
         if ema:
             ema.step(parameters)
-        meter.add(logs, args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes)
         bar.update()
-        is_last = progress.step == args.max_train_steps
-        if progress.step % args.logging_steps == 0 or is_last:
-            values = {"lr": schedule.get_last_lr()[0], "skipped_rows": len(skipped), **meter.read()}
+        is_last, values = progress.step == args.max_train_steps, {}
+        is_checkpoint = progress.step % args.checkpointing_steps == 0 or is_last
+        # A checkpoint ends a row of the log, so that a run that goes on from it logs the same rows.
+        if progress.step % args.logging_steps == 0 or is_checkpoint:
+            num_skipped = len(set(gather_object(list(skipped))))
+            values = {"lr": learning_rate, **meter.read(), "skipped_rows": num_skipped}
             bar.set_postfix({key: f"{value:.4g}" for key, value in values.items() if key.endswith("loss")})
-            _log(accelerator, output_dir, progress.step, values)
+            _check_finite(accelerator, values["loss"], progress.step)
         if progress.step % args.validation_steps == 0 or is_last:
             with _averaged(ema, parameters):
-                _validate(accelerator, stage, model, output_dir, progress.step)
-            meter.restart_clock()
-        if progress.step % args.checkpointing_steps == 0 or is_last:
+                values |= _validate(accelerator, stage, model, output_dir, progress.step)
+        if values:
+            _log(accelerator, output_dir, progress.step, values)
+        if is_checkpoint:
             _save_checkpoint(args, accelerator, output_dir, progress.step)
+        if values:
             meter.restart_clock()
     bar.close()
     with _averaged(ema, parameters):
@@ -111,32 +129,23 @@ def run(args: TrainArguments, accelerator: Accelerator, stage: Stage) -> None:
     accelerator.end_training()
 
 
-def _update(args, accelerator, stage, model, optimizer, batches, step, skipped) -> dict[str, Any]:
-    """One optimizer step over `gradient_accumulation_steps` batches; returns the last batch's numbers and the loss."""
+def _update(args, accelerator, stage, model, optimizer, batches, step, meter) -> None:
+    """One optimizer step over `gradient_accumulation_steps` batches; what it logs goes to `meter`."""
     model.train()
-    total = 0.0
     for index in range(args.gradient_accumulation_steps):
-        batch = next(batches)
-        for reason in set(batch.pop("skipped")) - skipped:
-            skipped.add(reason)
-            logger.warning(
-                f"Skipped a row of the training data ({len(skipped)} so far): {reason}", main_process_only=False
-            )
-        batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
+        batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in next(batches).items()}
         is_last = index == args.gradient_accumulation_steps - 1
         with nullcontext() if is_last else accelerator.no_sync(model):
-            with accelerator.autocast():
-                loss, logs = stage.compute_loss(model, batch, step)
+            loss, logs = stage.compute_loss(model, batch, step)
             accelerator.backward(loss / args.gradient_accumulation_steps)
-        total += loss.detach()
+        meter.add({**logs, "loss": loss}, args.train_batch_size * accelerator.num_processes)
     if args.max_grad_norm is not None:
-        logs["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        meter.add({"grad_norm": accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)})
     optimizer.step()
     optimizer.zero_grad()
-    return {**logs, "loss": total / args.gradient_accumulation_steps}
 
 
-def _batches(args, accelerator, stage, start_step):
+def _batches(args, accelerator, stage, start_step) -> Iterator[dict]:
     """This process's endless batches, from the position that `start_step` updates have reached."""
     sampler = EpochBatchSampler(
         len(stage.train_dataset),
@@ -157,28 +166,59 @@ def _batches(args, accelerator, stage, start_step):
     return iter(loader)
 
 
+def _report_skipped(batches: Iterator[dict], skipped: dict[int, str]) -> Iterator[dict]:
+    """The batches, with the rows that had to be passed over named once and noted in `skipped`."""
+    for batch in batches:
+        for row, reason in batch.pop("skipped").items():
+            if row not in skipped:
+                skipped[row] = reason
+                count = f"{len(skipped)} so far"
+                logger.warning(f"Skipped row {row} of the training data ({count}): {reason}", main_process_only=False)
+        yield batch
+
+
 class Meter:
-    """Means of what the updates logged since the last reading, and pictures a second."""
+    """Means of what was logged since the last reading, over all processes, and pictures a second."""
 
     def __init__(self):
+        self.sums, self.counts = {}, {}
         self.restart_clock()
-        self.sums, self.count, self.pictures = {}, 0, 0
 
     def restart_clock(self):
         """Leaves out what passed since the last reading: a validation is not training."""
         self.started, self.pictures = time.perf_counter(), 0
 
-    def add(self, logs: dict[str, Any], num_pictures: int):
+    def add(self, logs: dict[str, Any], num_pictures: int = 0):
+        """Adds numbers, which may be tensors: they are not waited for."""
         for key, value in logs.items():
-            self.sums[key] = self.sums.get(key, 0) + (value.detach() if torch.is_tensor(value) else value)
-        self.count, self.pictures = self.count + 1, self.pictures + num_pictures
+            value = value.detach() if torch.is_tensor(value) else value
+            self.sums[key] = self.sums.get(key, 0) + value
+            self.counts[key] = self.counts.get(key, 0) + 1
+        self.pictures += num_pictures
 
     def read(self) -> dict[str, float]:
-        values = {key: float(value) / self.count for key, value in self.sums.items()}
+        own = {key: (float(value), self.counts[key]) for key, value in self.sums.items()}
+        totals = {}
+        for logged in gather_object([own]):
+            for key, pair in logged.items():
+                totals.setdefault(key, []).append(pair)
+        values = {}
+        for key, pairs in totals.items():
+            sums, counts = zip(*pairs, strict=True)
+            values[key] = sum(sums) / sum(counts)
         values["pictures_per_second"] = self.pictures / max(time.perf_counter() - self.started, 1e-9)
-        self.sums, self.count = {}, 0
+        self.sums, self.counts = {}, {}
         self.restart_clock()
         return values
+
+
+def _check_finite(accelerator: Accelerator, loss: float, step: int):
+    # With a loss scale (fp16) a batch that overflows is passed over; without one it has spoilt the weights.
+    if not math.isfinite(loss) and accelerator.scaler is None:
+        raise ValueError(
+            f"The loss is {loss} at update {step}. Lower `learning_rate`, lengthen `lr_warmup_steps` or lower"
+            " `max_grad_norm`, and start again: the checkpoints are from before."
+        )
 
 
 @contextmanager
@@ -195,30 +235,23 @@ def _averaged(ema: EMAModel | None, parameters: list[torch.nn.Parameter]):
         ema.restore(parameters)
 
 
-def _validate(accelerator, stage, model, output_dir, step):
+def _validate(accelerator, stage, model, output_dir, step) -> dict[str, float]:
+    """Writes the stage's pictures and returns its figures, on the main process; the others wait."""
+    values = {}
     if accelerator.is_main_process:
         model.eval()
         with torch.no_grad():
             values, pictures = stage.validate(accelerator.unwrap_model(model))
-        _log(accelerator, output_dir, step, values)
         for name, picture in pictures.items():
             path = output_dir / "validation" / f"{name}-{step:07d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.save(path)
             for tracker in accelerator.trackers:
                 if tracker.name == "tensorboard":
-                    tracker.writer.add_image(f"validation/{name}", _as_tensor(picture), step)
+                    array = np.asarray(picture.convert("RGB"))
+                    tracker.writer.add_image(f"validation/{name}", array, step, dataformats="HWC")
     accelerator.wait_for_everyone()
-
-
-def _as_tensor(picture: Image.Image) -> torch.Tensor:
-    # H x W x 3 bytes -> 3 x H x W
-    width, height = picture.size
-    return (
-        torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
-        .view(height, width, 3)
-        .permute(2, 0, 1)
-    )
+    return values
 
 
 def _log(accelerator, output_dir, step, values):
@@ -228,45 +261,75 @@ def _log(accelerator, output_dir, step, values):
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 
-def _drop_log_after(path: Path, step: int):
-    """A run that was killed logged updates past its last checkpoint; they will be done, and logged, again."""
+def _clean(accelerator: Accelerator, output_dir: Path, step: int):
+    """Takes away what a killed run left: half a checkpoint, and logs of updates that will be done again."""
+    if not accelerator.is_main_process:
+        return
+    for path in output_dir.glob(".checkpoint-*"):
+        shutil.rmtree(path)
+    path = output_dir / "metrics.jsonl"
     if path.is_file():
         rows = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        path.write_text("".join(f"{row}\n" for row in rows if json.loads(row)["step"] <= step))
+        beside = output_dir / ".metrics.jsonl"
+        beside.write_text("".join(f"{row}\n" for row in rows if json.loads(row)["step"] <= step))
+        beside.replace(path)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=_step_of)
 
 
-def _resume(args, accelerator, output_dir):
-    if args.resume_from_checkpoint is None:
-        return
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _resume(args, accelerator, optimizer, schedule, ema, progress):
+    """Loads the checkpoint to go on from, if there is one."""
+    found = checkpoints(Path(args.output_dir))
     if args.resume_from_checkpoint == "latest":
-        found = checkpoints(output_dir)
-        if not found:
-            return
-        folder = found[-1]
+        folder = found[-1] if found else None
     else:
-        folder = Path(args.resume_from_checkpoint)
+        folder = None if args.resume_from_checkpoint is None else Path(args.resume_from_checkpoint)
+    if folder is not None:
         if not folder.is_dir():
             raise OSError(f"`resume_from_checkpoint` names {folder}, which is not a folder.")
-    logger.info(f"Going on from {folder}.")
-    accelerator.load_state(str(folder))
+        _load(folder, args, accelerator, optimizer, schedule, ema)
+        logger.info(f"Going on from {folder}, update {progress.step} of {args.max_train_steps}.")
+    if found and _step_of(found[-1]) > progress.step:
+        raise ValueError(
+            f"{found[-1]} is of an earlier run, which one that starts at update {progress.step} would get mixed up"
+            " with. Delete it, or choose another `output_dir`."
+        )
+
+
+def _load(folder: Path, args, accelerator, optimizer, schedule, ema):
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    try:
+        accelerator.load_state(str(folder))
+    except (RuntimeError, ValueError, KeyError, OSError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{folder} is damaged, or of a run with another model or other settings: choose another `output_dir`, or"
+            f" name another checkpoint in `resume_from_checkpoint`. ({str(error)[:300]})"
+        ) from error
+    # A checkpoint brings the optimizer's settings of its day; those of today hold.
+    schedule.base_lrs = [group["initial_lr"] for group in settings]
+    for group, today, ratio in zip(optimizer.param_groups, settings, schedule.lr_lambdas, strict=True):
+        group.update(today)
+        group["lr"] = group["initial_lr"] * ratio(schedule.last_epoch)
+    if ema:
+        ema.decay = args.ema_decay
 
 
 def _save_checkpoint(args, accelerator, output_dir, step):
-    """Writes beside and then renames, so that a checkpoint under its final name is whole."""
-    final, beside = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}"
+    """Writes beside and then renames, so that a checkpoint under its final name is whole; so are those deleted."""
+    beside = output_dir / f".checkpoint-{step}"
     accelerator.save_state(str(beside))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        if final.exists():
-            shutil.rmtree(final)
-        beside.rename(final)
-        if args.checkpoints_total_limit:
+        beside.rename(output_dir / f"checkpoint-{step}")
+        if args.checkpoints_total_limit is not None:
             for old in checkpoints(output_dir)[: -args.checkpoints_total_limit]:
-                shutil.rmtree(old)
+                shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
     accelerator.wait_for_everyone()

@@ -1,7 +1,7 @@
 """Encodes every picture of a caption-image set once: `python training/precompute_image_tokens.py --dvae ... `.
 
-Writes one parquet file a split, with all columns but the picture and a column of tokens, a list of views a row: first the
-picture as it is, then augmented ones. `train_prior.py` reads it by `tokens_column`. A stamp names the dVAE.
+Writes one parquet file a split, with all columns but the picture and a column of tokens, a list of views a row: first
+the picture as it is, then augmented ones. `train_prior.py` reads it by `tokens_column`. A stamp names the dVAE.
 """
 
 import argparse
@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 import datasets
-import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from hf_dalle import DalleDVAE, DalleImageProcessor
-from hf_dalle.data import CaptionImageCollator, CaptionImageDataset, RandomCrop, load_rows
+from hf_dalle.data import CaptionImageDataset, RandomCrop, load_rows
 
 
 STAMP = "image_tokens.json"
@@ -26,20 +26,17 @@ STAMP = "image_tokens.json"
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     dvae = DalleDVAE.from_pretrained(args.dvae).to(args.device).eval()
-    image_processor = DalleImageProcessor.from_pretrained(args.dvae)
+    source = (args.train_data_dir, args.dataset_name)
+    splits = {split: load_rows(*source, split, args.image_column) for split in args.splits}
     output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for split in args.splits:
-        rows = load_rows(args.train_data_dir, args.dataset_name, split, args.image_column)
-        table, skipped = encode_split(args, dvae, image_processor, rows, split)
+    open_store(output_dir, {"dvae": fingerprint(Path(args.dvae)), "vocab_size": dvae.config.vocab_size})
+    for split, rows in splits.items():
         beside = output_dir / f".{split}.parquet"
-        table.to_parquet(beside)
+        skipped = encode_split(args, dvae, rows, beside)
         beside.rename(output_dir / f"{split}.parquet")
-        for reason in skipped:
-            print(f"Skipped {reason}", file=sys.stderr)
-        print(f"{split}: {len(table)} rows of {args.num_views} views, {len(skipped)} skipped.")
-    stamp = {"dvae": fingerprint(Path(args.dvae)), "vocab_size": dvae.config.vocab_size, "num_views": args.num_views}
-    (output_dir / STAMP).write_text(json.dumps(stamp, indent=2) + "\n")
+        for row, reason in skipped.items():
+            print(f"Skipped row {row} of {split}: {reason}", file=sys.stderr)
+        print(f"{split}: {len(rows) - len(skipped)} rows of {args.num_views} views, {len(skipped)} skipped.")
     print(f"Written to {output_dir}.")
 
 
@@ -61,47 +58,54 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    if args.num_views < 1:
-        parser.error("--num_views must be at least 1.")
+    if args.num_views < 1 or args.batch_size < 1:
+        parser.error("--num_views and --batch_size must be at least 1.")
     return args
 
 
+def encode_split(args: argparse.Namespace, dvae: DalleDVAE, rows: datasets.Dataset, path: Path) -> dict[int, str]:
+    """
+    Writes a split with tokens in the pictures' place, a batch at a time.
+
+    Returns:
+        `dict[int, str]`: the rows that had to be left out, with the reasons.
+
+    Raises:
+        ValueError: for a missing column, or if no row can be used.
+    """
+    size = dvae.config.sample_size
+    columns = {"image_column": args.image_column, "caption_column": None, "seed": args.seed}
+    plain = CaptionImageDataset(rows, image_processor=DalleImageProcessor(size=size), is_training=False, **columns)
+    augmented = CaptionImageDataset(rows, augmentation=RandomCrop(size, args.resize_range, args.crop_range), **columns)
+    sources = [plain, *[augmented] * (args.num_views - 1)]
+    others = rows.remove_columns([args.image_column])
+    tokens_type = datasets.List(datasets.List(datasets.Value("int32")))
+    schema = datasets.Features({**others.features, args.tokens_column: tokens_type}).arrow_schema
+    others, skipped = others.with_format("arrow"), {}
+    with pq.ParquetWriter(path, schema) as writer:
+        for first in tqdm(range(0, len(rows), args.batch_size), desc=path.stem, unit="batch"):
+            pictures = {}
+            for row in range(first, min(first + args.batch_size, len(rows))):
+                try:
+                    # The epoch is the view, so that each view is cut differently.
+                    views = [source.read_row(row, epoch)["pixel_values"] for epoch, source in enumerate(sources)]
+                    pictures[row] = torch.stack(views)
+                except ValueError as error:
+                    skipped[row] = str(error)
+            if pictures:
+                tokens = encode(dvae, torch.stack(list(pictures.values()))).tolist()
+                table = others[list(pictures)].append_column(args.tokens_column, pa.array(tokens))
+                writer.write_table(table.cast(schema))
+    if len(skipped) == len(rows):
+        raise ValueError(f"None of the {len(rows)} rows can be used; the first: {skipped.get(0, 'there is none')}.")
+    return skipped
+
+
 @torch.no_grad()
-def encode_split(
-    args: argparse.Namespace,
-    dvae: DalleDVAE,
-    image_processor: DalleImageProcessor,
-    rows: datasets.Dataset,
-    split: str,
-) -> tuple[datasets.Dataset, list[str]]:
-    """The split with tokens in the pictures' place, and the rows that had to be left out."""
-    size = image_processor.size["height"]
-    columns = {"image_column": args.image_column, "caption_column": None, "image_processor": image_processor}
-    plain = CaptionImageDataset(rows, is_training=False, **columns)
-    augmentation = RandomCrop(size, args.resize_range, args.crop_range)
-    augmented = CaptionImageDataset(rows, seed=args.seed, augmentation=augmentation, **columns)
-    views, reasons = [[] for _ in range(len(rows))], {}
-    for view in range(args.num_views):
-        source = augmented if view else plain
-        # The epoch is the view, so that each view is cut differently.
-        keys = [(view, index) for index in range(len(rows))]
-        loader = DataLoader(source, args.batch_size, sampler=keys, collate_fn=list)
-        for number, items in enumerate(tqdm(loader, desc=f"{split}, view {view + 1} of {args.num_views}")):
-            first = number * args.batch_size
-            used = [index for index, item in enumerate(items, first) if "skipped" not in item]
-            reasons |= {index: item["skipped"] for index, item in enumerate(items, first) if "skipped" in item}
-            if used:
-                pixel_values = CaptionImageCollator()(items)["pixel_values"].to(dvae.device)
-                tokens = dvae.encode(pixel_values).tokens.flatten(1).cpu().numpy()
-                for index, grid in zip(used, tokens, strict=True):
-                    views[index].append(grid.astype(np.int32))
-    table = rows.remove_columns([args.image_column])
-    table = table.add_column(args.tokens_column, views, feature=_tokens_feature())
-    return table.select([index for index in range(len(rows)) if index not in reasons]), list(reasons.values())
-
-
-def _tokens_feature() -> datasets.Features:
-    return datasets.List(datasets.List(datasets.Value("int32")))
+def encode(dvae: DalleDVAE, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Pictures, B x views x 3 x H x W, to tokens, B x views x N."""
+    views = [dvae.encode(view.to(dvae.device)).tokens.flatten(1) for view in pixel_values.unbind(1)]
+    return torch.stack(views, dim=1)
 
 
 def fingerprint(folder: Path) -> str:
@@ -113,6 +117,18 @@ def fingerprint(folder: Path) -> str:
     for path in files:
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def open_store(folder: Path, stamp: dict) -> None:
+    """Makes a store, or opens one of the same dVAE. The stamp comes first: no tokens are ever without one."""
+    if (folder / STAMP).is_file():
+        if json.loads((folder / STAMP).read_text())["dvae"] != stamp["dvae"]:
+            raise ValueError(f"{folder} holds the tokens of another dVAE: delete it, or choose another --output_dir.")
+        return
+    if any(folder.glob("*.parquet")):
+        raise ValueError(f"{folder} holds parquet files that are no store of tokens: choose another --output_dir.")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STAMP).write_text(json.dumps(stamp, indent=2) + "\n")
 
 
 def check_store(folder: Path, dvae: Path) -> None:

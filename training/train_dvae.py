@@ -1,23 +1,25 @@
 """Stage 1, the dVAE: the evidence lower bound under the paper's schedules, reconstructions as validation.
 
-The model is `hf_dalle.autoencoder_dalle_dvae`, the bound `hf_dalle.losses`; the loop that drives this lives in `loop.py`.
+The model is `hf_dalle.autoencoder_dalle_dvae`, the bound `hf_dalle.losses`; the loop that drives this lives in
+`loop.py`.
 """
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from arguments import DVAEArguments, TrainArguments
+from arguments import DVAEArguments, TrainArguments, check_names
 from diffusers.utils import make_image_grid
 from initialize_dvae import initialize_from_data
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from hf_dalle import DalleDVAE, DalleImageProcessor
-from hf_dalle.data import CaptionImageCollator, CaptionImageDataset, RandomCrop, load_rows
-from hf_dalle.losses import dvae_loss
+from hf_dalle.autoencoder_dalle_dvae import DalleDVAEDecoderOutput
+from hf_dalle.data import CaptionImageCollator, CaptionImageDataset, RandomCrop, load_rows, read_in_order
+from hf_dalle.losses import DVAELoss, dvae_loss
 from hf_dalle.optimization import cosine_anneal
 
 
@@ -46,7 +48,11 @@ class DVAEStage:
 
     def __init__(self, args: DVAEArguments):
         self.args = args
-        self.model = DalleDVAE(**args.model)
+        check_names(args.model, list(inspect.signature(DalleDVAE).parameters), "`model`")
+        try:
+            self.model = DalleDVAE(**args.model)
+        except TypeError as error:
+            raise ValueError(f"A value in `model` is of the wrong type: {error}.") from error
         self.image_processor = DalleImageProcessor(size=self.model.config.sample_size)
         self.train_dataset, self.validation_dataset = image_datasets(
             args, self.image_processor, crop_range=(0, 1), caption_column=None
@@ -72,72 +78,78 @@ class DVAEStage:
         ]
 
     def compute_loss(self, model: torch.nn.Module, batch: dict, step: int) -> tuple[torch.Tensor, dict[str, Any]]:
-        args, config = self.args, self.model.config
+        args, pixel_values = self.args, batch["pixel_values"]
         temperature = cosine_anneal(step, args.temperature_start, args.temperature_end, args.temperature_anneal_steps)
         beta = cosine_anneal(step, 0.0, args.kl_weight, args.kl_weight_warmup_steps)
-        output = model(batch["pixel_values"], temperature)
-        parts = dvae_loss(
-            batch["pixel_values"],
-            output.mu,
-            output.log_b,
-            output.logits,
-            beta,
-            config.logit_laplace_eps,
-            config.quantizer,
-            args.min_log_b,
-        )
-        self.code_counts += torch.bincount(output.tokens.flatten().cpu(), minlength=config.vocab_size)
-        num_channels = batch["pixel_values"][0].numel()
+        output = model(pixel_values, temperature)
+        parts = self._elbo(pixel_values, output, output.logits, beta)
+        self.code_counts = self.code_counts.to(output.tokens.device)
+        self.code_counts += torch.bincount(output.tokens.flatten(), minlength=len(self.code_counts))
         logs = {
-            "nll": parts.nll / num_channels,
+            "nll": parts.nll / pixel_values[0].numel(),
             "kl_per_token": parts.kl / output.tokens[0].numel(),
-            "commitment_loss": output.commitment_loss,
             "temperature": temperature,
             "kl_weight": beta,
         }
+        if self.model.config.quantizer == "nearest":
+            logs["commitment_loss"] = output.commitment_loss
         return parts.loss + output.commitment_loss, logs
 
+    def _elbo(
+        self, pixel_values: torch.Tensor, decoded: DalleDVAEDecoderOutput, logits: torch.Tensor, beta: float
+    ) -> DVAELoss:
+        config = self.model.config
+        return dvae_loss(
+            pixel_values,
+            decoded.mu,
+            decoded.log_b,
+            logits,
+            beta,
+            config.logit_laplace_eps,
+            config.quantizer,
+            self.args.min_log_b,
+        )
+
     def validate(self, model: DalleDVAE) -> tuple[dict[str, float], dict[str, Image.Image]]:
+        """PSNR, likelihood and codebook use of the unrelaxed model, with `train_perplexity` since the last time."""
         values = {"train_perplexity": perplexity(self.code_counts)}
         self._watch_codebook(values["train_perplexity"])
         self.code_counts.zero_()
         if self.validation_dataset is None:
             return values, {}
-        loader = DataLoader(self.validation_dataset, self.args.eval_batch_size, collate_fn=self.collator)
-        squared_error, nll, counts, shown = [], 0.0, torch.zeros_like(self.code_counts), []
-        for batch in loader:
+        num_shown = self.args.num_validation_images
+        psnr, nll, counts, shown = [], 0.0, torch.zeros_like(self.code_counts), []
+        for batch in read_in_order(self.validation_dataset, self.args.eval_batch_size, self.collator):
             pixels = batch["pixel_values"].to(model.device)
             encoded = model.encode(pixels)
             decoded = model.decode(encoded.tokens)
-            squared_error += (decoded.sample - pixels).square().flatten(1).mean(1).tolist()
-            parts = dvae_loss(
-                pixels,
-                decoded.mu,
-                decoded.log_b,
-                encoded.logits,
-                beta=0.0,
-                eps=model.config.logit_laplace_eps,
-                min_log_b=self.args.min_log_b,
-            )
+            squared_error = (decoded.sample - pixels).square().flatten(1).mean(1)
+            psnr += (-10 * squared_error.clamp(min=1e-10).log10()).tolist()
+            parts = self._elbo(pixels, decoded, encoded.logits, beta=0.0)
             nll += parts.nll.item() / pixels[0].numel() * len(pixels)
-            counts += torch.bincount(encoded.tokens.flatten().cpu(), minlength=len(counts))
-            shown += list(zip(pixels, decoded.sample, strict=True))
-        num_pictures = len(squared_error)
+            counts += torch.bincount(encoded.tokens.flatten(), minlength=len(counts))
+            shown += list(zip(pixels, decoded.sample, strict=True))[: num_shown - len(shown)]
         values |= {
-            "validation_psnr": sum(-10 * math.log10(max(error, 1e-10)) for error in squared_error) / num_pictures,
-            "validation_nll": nll / num_pictures,
+            "validation_psnr": math.fsum(psnr) / len(psnr),
+            "validation_nll": nll / len(psnr),
             "validation_perplexity": perplexity(counts),
         }
-        return values, {"reconstructions": self._grid(shown[: self.args.num_validation_images])}
+        return values, {"reconstructions": self._grid(shown)}
 
     def _watch_codebook(self, used: float):
         vocab_size = self.model.config.vocab_size
-        if 0 < used < vocab_size / 10:
-            logger.warning(
-                f"The codebook's perplexity is {used:.0f} of {vocab_size} codes. If it stays under a tenth, lower"
-                " `kl_weight` or lengthen `kl_weight_warmup_steps`, anneal the temperature more slowly"
-                " (`temperature_anneal_steps`), or make `vocab_size` smaller."
+        if not 0 < used < vocab_size / 10:
+            return
+        changes = "lower `learning_rate`"
+        if self.model.config.quantizer == "gumbel":
+            changes = (
+                "lower `kl_weight` or lengthen `kl_weight_warmup_steps`, anneal the temperature more slowly"
+                " (`temperature_anneal_steps`)"
             )
+        logger.warning(
+            f"The codebook's perplexity is {used:.0f} of {vocab_size} codes. If it stays under a tenth, {changes},"
+            " start from the data (`initial_kl_per_token`), or make `vocab_size` smaller."
+        )
 
     def _grid(self, shown: list[tuple[torch.Tensor, torch.Tensor]]) -> Image.Image:
         """Originals above, reconstructions below."""
@@ -146,7 +158,8 @@ class DVAEStage:
         return make_image_grid(pictures, rows=2, cols=len(shown))
 
     def save(self, model: DalleDVAE, folder: Path) -> None:
-        save_in_dtype(model, folder, self.args.weights_dtype)
+        """Writes a folder for [`DalleDVAE.from_pretrained`], with its image processor."""
+        save_dvae(model, folder, self.args.weights_dtype)
         self.image_processor.save_pretrained(folder)
 
 
@@ -157,8 +170,9 @@ def perplexity(counts: torch.Tensor) -> float:
     return torch.special.entr(counts / counts.sum()).sum().exp().item()
 
 
-def save_in_dtype(model: torch.nn.Module, folder: Path, dtype: str) -> None:
-    """Saves a copy of the weights in `dtype` and leaves the model as it is."""
+def save_dvae(model: DalleDVAE, folder: Path, dtype: str) -> None:
+    """Saves the weights in `dtype`, which diffusers loads as float32, and leaves the model as it is."""
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    model.to(getattr(torch, dtype)).save_pretrained(folder)
-    model.to(torch.float32).load_state_dict(weights)
+    # torch's own method: that of diffusers warns of modules to keep in float32, though there are none
+    torch.nn.Module.to(model, getattr(torch, dtype)).save_pretrained(folder)
+    torch.nn.Module.to(model, torch.float32).load_state_dict(weights)

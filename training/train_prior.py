@@ -1,23 +1,24 @@
 """Stage 2, the prior: cross-entropy over caption and image tokens of a frozen dVAE, drawn captions as validation.
 
-The model is `hf_dalle.modeling_dalle_prior`; the loop that drives this lives in `loop.py`. Image tokens come from the dVAE
-at each step, or from the store that `precompute_image_tokens.py` wrote.
+The model is `hf_dalle.modeling_dalle_prior`; the loop that drives this lives in `loop.py`. Image tokens come from the
+dVAE at each step, or from the store that `precompute_image_tokens.py` wrote.
 """
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import PriorArguments
+from arguments import PriorArguments, check_names
 from diffusers.utils import make_image_grid
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from precompute_image_tokens import check_store
-from torch.utils.data import DataLoader
-from train_dvae import image_datasets
+from train_dvae import image_datasets, save_dvae
 from transformers import AutoTokenizer
 
 from hf_dalle import DalleDVAE, DalleImageProcessor, DALLEPipeline, DallePriorConfig, DallePriorForCausalLM
-from hf_dalle.data import CaptionImageCollator
+from hf_dalle.data import CaptionImageCollator, read_in_order
+from hf_dalle.sampling import resolve_settings
 
 
 class PriorStage:
@@ -25,11 +26,13 @@ class PriorStage:
 
     def __init__(self, args: PriorArguments):
         self.args = args
-        self.dvae = DalleDVAE.from_pretrained(args.dvae).requires_grad_(False).eval()
-        self.image_processor = DalleImageProcessor.from_pretrained(args.dvae)
-        self.tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+        self.dvae = _load("dvae", DalleDVAE, args.dvae).requires_grad_(False).eval()
+        self.image_processor = DalleImageProcessor(size=self.dvae.config.sample_size)
+        self.tokenizer = _load("tokenizer", AutoTokenizer, args.tokenizer)
         self.model = DallePriorForCausalLM(self._make_config())
         self.model.set_attn_implementation(args.attn_implementation)
+        check_names(args.generation, ["guidance_scale", "temperature", "top_k", "top_p"], "`generation`")
+        resolve_settings(self.model.generation_config, **args.generation)
         self.model.generation_config.update(**args.generation)
         if args.tokens_column is not None and args.train_data_dir is not None:
             check_store(Path(args.train_data_dir), Path(args.dvae))
@@ -50,22 +53,29 @@ class PriorStage:
             "image_grid_size": self.dvae.image_grid_size,
             "caption_dropout": self.args.caption_dropout,
         }
+        check_names(self.args.model, list(DallePriorConfig.__annotations__), "`model`")
         for name, value in fixed.items():
             if self.args.model.get(name, value) != value:
                 raise ValueError(
                     f"`model` asks for {name} {self.args.model[name]}, but the tokenizer, the dVAE and the settings of"
                     f" this run give {value}. Leave it out."
                 )
-        return DallePriorConfig(**{**self.args.model, **fixed})
+        try:
+            return DallePriorConfig(**{**self.args.model, **fixed})
+        except StrictDataclassError as error:
+            raise ValueError(f"A value in `model` does not fit: {error}") from error
 
     def parameter_groups(self) -> list[dict]:
         """One group: the paper decays all parameters alike."""
         return [{"params": list(self.model.parameters())}]
 
     def _image_tokens(self, batch: dict) -> torch.Tensor:
-        """B x N tokens, stored or encoded now."""
+        """B x N tokens, stored or encoded now, in full precision."""
         if "image_tokens" in batch:
-            return batch["image_tokens"]
+            tokens, num_tokens = batch["image_tokens"], self.model.config.num_image_tokens
+            if tokens.shape[1] != num_tokens:
+                raise ValueError(f"The stored pictures have {tokens.shape[1]} tokens, but the dVAE's {num_tokens}.")
+            return tokens
         pixel_values = batch["pixel_values"]
         with torch.no_grad():
             return self.dvae.to(pixel_values.device).encode(pixel_values).tokens.flatten(1)
@@ -80,20 +90,21 @@ class PriorStage:
         return output.loss, {name: value for name, value in losses.items() if value is not None}
 
     def validate(self, model: DallePriorForCausalLM) -> tuple[dict[str, float], dict[str, Image.Image]]:
+        """The losses on the validation set, and pictures drawn for `validation_prompts`."""
         values, pictures = {}, {}
         if self.validation_dataset is not None:
-            loader = DataLoader(
-                self.validation_dataset, self.args.eval_batch_size, collate_fn=self.validation_collator
-            )
-            sums, count = {}, 0
-            for batch in loader:
+            sums, weights = {}, {}
+            for batch in read_in_order(self.validation_dataset, self.args.eval_batch_size, self.validation_collator):
                 batch.pop("skipped")
                 batch = {key: value.to(model.device) for key, value in batch.items()}
                 loss, logs = self.compute_loss(model, batch, step=0)
                 for name, value in {"loss": loss, **logs}.items():
-                    sums[name] = sums.get(name, 0.0) + value.item() * len(batch["input_ids"])
-                count += len(batch["input_ids"])
-            values = {f"validation_{name}": value / count for name, value in sums.items()}
+                    # each picture has as many tokens as the next, but captions differ: start-of-text is no target
+                    is_caption = name == "caption_loss"
+                    weight = batch["attention_mask"][:, 1:].sum().item() if is_caption else len(batch["input_ids"])
+                    sums[name] = sums.get(name, 0.0) + value.item() * weight
+                    weights[name] = weights.get(name, 0) + weight
+            values = {f"validation_{name}": value / weights[name] for name, value in sums.items()}
         if self.args.validation_prompts:
             pictures["samples"] = self._draw(model)
         return values, pictures
@@ -111,10 +122,29 @@ class PriorStage:
 
     def _pipeline(self, model: DallePriorForCausalLM) -> DALLEPipeline:
         return DALLEPipeline(
-            prior=model, dvae=self.dvae, tokenizer=self.tokenizer, image_processor=self.image_processor
+            prior=model,
+            dvae=self.dvae.to(model.device),
+            tokenizer=self.tokenizer,
+            image_processor=self.image_processor,
         )
 
     def save(self, model: DallePriorForCausalLM, folder: Path) -> None:
-        pipe = self._pipeline(model.eval())
-        pipe.to(dtype=getattr(torch, self.args.weights_dtype))
-        pipe.save_pretrained(folder)
+        """Writes a folder for [`DALLEPipeline.from_pretrained`]."""
+        self._pipeline(model.eval()).save_pretrained(folder)
+        if self.args.weights_dtype == "float32":
+            return
+        # Transformers loads weights as its config's dtype: that stays float32, where the file holds halves.
+        dtype, halves = getattr(torch, self.args.weights_dtype), {}
+        weights = {
+            name: halves.setdefault(value.data_ptr(), value.to(dtype))  # tied weights stay one tensor
+            for name, value in model.state_dict().items()
+        }
+        model.save_pretrained(folder / "prior", state_dict=weights)
+        save_dvae(self.dvae, folder / "dvae", self.args.weights_dtype)
+
+
+def _load(name: str, kind: type, folder: str) -> Any:
+    try:
+        return kind.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise OSError(f"`{name}` is {folder}, which cannot be loaded: {error}") from error

@@ -11,7 +11,6 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 class DallePriorGenerationMixin(GenerationMixin):
     """Joins what `generate()` is given into streams, and refuses what would draw wrong images without an error."""
 
-    @torch.no_grad()
     def generate(self, inputs: torch.LongTensor | None = None, generation_config=None, **kwargs):
         """
         Draws image tokens with transformers' loop; `sampling.draw_image_tokens` has generators and seeds.

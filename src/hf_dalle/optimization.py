@@ -1,4 +1,4 @@
-"""Schedules of training: pure functions of the update's number, and the optimizer's learning-rate schedule made of them.
+"""Schedules of training: pure functions of the update's number, and the learning-rate schedule made of them.
 
 No state and no clock: a resumed run computes the same values from its step alone.
 """
@@ -10,8 +10,8 @@ import torch
 
 def cosine_anneal(step: int, start: float, end: float, num_steps: int) -> float:
     """
-    From `start` at step 0 to `end` at `num_steps` along half a cosine, `end` from there on: the form of all the paper's
-    stage 1 schedules (temperature, KL weight, learning rate; appendix A.2). `num_steps` of 0 is `end` at once.
+    From `start` at step 0 to `end` at `num_steps` along half a cosine, `end` from there on: the form of all the
+    paper's stage 1 schedules (temperature, KL weight, learning rate; appendix A.2). `num_steps` of 0 is `end` at once.
     """
     if step >= num_steps:
         return end
@@ -22,7 +22,8 @@ def get_warmup_cosine_schedule(
     optimizer: torch.optim.Optimizer, num_warmup_steps: int, num_training_steps: int, min_ratio: float = 0.0
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """
-    Linear warm-up from 0, then a cosine from the optimizer's learning rate to `min_ratio` of it at the last update.
+    Linear warm-up to the optimizer's learning rate, then a cosine down to `min_ratio` of it, which the update after
+    the last would have. With w updates of warm-up the first has 1 / (w + 1) of the peak: no update is without effect.
 
     Args:
         optimizer (`torch.optim.Optimizer`): its learning rate is the peak.

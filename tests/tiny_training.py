@@ -1,0 +1,152 @@
+"""What the tests of training share: a tiny caption-image set on disk, settings of runs that take seconds, and runs.
+
+A picture has a left and a right half, each of one colour, so that its caption tells everything about it.
+"""
+
+import io
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import torch
+import train
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+
+from hf_dalle import train_tokenizer
+
+
+ROOT = Path(__file__).parent.parent
+COLOURS = ("red", "green", "blue", "orange", "white")
+ATTENTION = ["full", "row"]
+MODEL = {
+    "sample_size": 16,
+    "vocab_size": 16,
+    "patch_size": 4,
+    "encoder_block_out_channels": [64],
+    "decoder_block_out_channels": [64],
+    "decoder_in_channels": 64,
+    "layers_per_block": 1,
+}
+
+
+def draw_picture(left: str, right: str) -> Image.Image:
+    picture = Image.new("RGB", (16, 16), left)
+    picture.paste(Image.new("RGB", (8, 16), right), (8, 0))
+    return picture
+
+
+def encode_picture(picture: Image.Image, image_format: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    picture.save(file, image_format)
+    return file.getvalue()
+
+
+def list_rows() -> list[dict]:
+    """All 20 pictures of two colours, each with two captions."""
+    return [
+        {"image": draw_picture(left, right), "captions": [f"{left} and {right}", f"{right} beside {left}"]}
+        for left, right in itertools.permutations(COLOURS, 2)
+    ]
+
+
+def write_parquet(path: Path, rows: list[dict]) -> Path:
+    """Rows whose pictures are PIL's, bytes or `None`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [encode_picture(row["image"]) if isinstance(row["image"], Image.Image) else row["image"] for row in rows]
+    table = {name: [row[name] for row in rows] for name in rows[0]}
+    table["image"] = [None if image is None else {"bytes": image, "path": None} for image in images]
+    datasets.Dataset.from_dict(table).cast_column("image", datasets.Image()).to_parquet(path)
+    return path
+
+
+def write_data(folder: Path) -> Path:
+    """The whole set for training, every fourth of it for validation."""
+    write_parquet(folder / "train.parquet", list_rows())
+    write_parquet(folder / "validation.parquet", list_rows()[::4])
+    return folder
+
+
+def write_tokenizer(folder: Path) -> Path:
+    captions = [caption for row in list_rows() for caption in row["captions"]]
+    train_tokenizer(captions, vocab_size=300, text_length=8).save_pretrained(folder)
+    return folder
+
+
+def dvae_settings(data: Path, output_dir: Path, **settings) -> dict:
+    return {
+        "stage": "dvae",
+        "output_dir": str(output_dir),
+        "train_data_dir": str(data),
+        "model": MODEL,
+        "train_batch_size": 16,
+        "max_train_steps": 60,
+        "learning_rate": 0.03,
+        "encoder_lr_ratio": 0.01,
+        "lr_min_ratio": 0.1,
+        "ema_decay": 0.9,
+        "temperature_anneal_steps": 40,
+        "kl_weight": 0.1,
+        "kl_weight_warmup_steps": 0,
+        "min_log_b": -1.0,
+        "logging_steps": 5,
+        "report_to": "none",
+        **settings,
+    }
+
+
+def prior_settings(data: Path, dvae: Path, tokenizer: Path, output_dir: Path, **settings) -> dict:
+    return {
+        "stage": "prior",
+        "output_dir": str(output_dir),
+        "train_data_dir": str(data),
+        "dvae": str(dvae),
+        "tokenizer": str(tokenizer),
+        "model": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "attention_types": ATTENTION},
+        "bpe_dropout": 0.0,
+        "train_batch_size": 8,
+        "max_train_steps": 60,
+        "learning_rate": 0.01,
+        "ema_decay": 0.9,
+        "logging_steps": 5,
+        "report_to": "none",
+        **settings,
+    }
+
+
+def write_settings(settings: dict) -> Path:
+    path = Path(settings["output_dir"]).with_suffix(".yaml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def run(settings: dict, *options: str) -> list[dict]:
+    """Trains in this process; gives the log."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process, one Accelerator: here are several
+    GradientState._reset_state()
+    with torch.random.fork_rng(devices=[]):
+        train.main([str(write_settings(settings)), *options])
+    return read_log(settings["output_dir"])
+
+
+def start(settings: dict, *options: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen:
+    """Starts the script as a process of its own, with a group of its own."""
+    command = [*launcher, str(ROOT / "training" / "train.py"), str(write_settings(settings)), *options]
+    return subprocess.Popen(
+        command, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def read_log(folder: str | Path) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(log: list[dict], name: str = "loss") -> dict[int, float]:
+    """The logged losses by step."""
+    return {row["step"]: row[name] for row in log if name in row}
