@@ -63,7 +63,7 @@ def test_presets(name, shape):
 
 def test_preset_of_the_demo_and_its_overrides():
     config = DallePriorConfig.from_preset("emoji-mini", attention_types=["full"] * 2, num_hidden_layers=2)
-    assert (config.text_length, config.text_vocab_size) == (24, 2048)
+    assert (config.text_length, config.text_vocab_size) == (32, 2048)
     assert (config.image_grid_size, config.image_vocab_size) == (8, 1024)
     assert config.attention_types == ["full", "full"]
 

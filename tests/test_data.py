@@ -203,6 +203,13 @@ def test_broken_bytes_are_an_error_of_one_kind(image_format, data):
         assert "picture" in str(error)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_picture_of_absurd_size_is_broken_too(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow refuses twice as many
+    with pytest.raises(ValueError, match="broken picture .*exceeds limit"):
+        open_picture(encode_picture(draw_picture("red", "blue")))
+
+
 # -------------------------------------------------------------------------------------------------------- cropping
 
 

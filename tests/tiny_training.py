@@ -6,7 +6,6 @@ A picture has a left and a right half, each of one colour, so that its caption t
 import io
 import itertools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from hf_dalle import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 COLOURS = ("red", "green", "blue", "orange", "white")
+VALIDATION = {"validation_split": "validation", "validation_steps": 20}
 ATTENTION = ["full", "row"]
 MODEL = {
     "sample_size": 16,
@@ -138,9 +138,8 @@ def run(settings: dict, *options: str) -> list[dict]:
 def start(settings: dict, *options: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen:
     """Starts the script as a process of its own, with a group of its own."""
     command = [*launcher, str(ROOT / "training" / "train.py"), str(write_settings(settings)), *options]
-    return subprocess.Popen(
-        command, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, start_new_session=True, **pipes)
 
 
 def read_log(folder: str | Path) -> list[dict]:
@@ -150,3 +149,20 @@ def read_log(folder: str | Path) -> list[dict]:
 def losses(log: list[dict], name: str = "loss") -> dict[int, float]:
     """The logged losses by step."""
     return {row["step"]: row[name] for row in log if name in row}
+
+
+def list_steps(folder):
+    return sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+
+
+def build_home(folder: Path) -> Path:
+    """Data, a tokenizer and a trained dVAE."""
+    write_data(folder / "data")
+    write_tokenizer(folder / "tokenizer")
+    settings = dvae_settings(folder / "data", folder / "dvae", **VALIDATION, initial_kl_per_token=2.5)
+    run({**settings, "weights_dtype": "float16", "report_to": "tensorboard", "resize_range": [1.0, 1.0]})
+    return folder
+
+
+def build_prior_settings(home: Path, output_dir: Path, **settings) -> dict:
+    return prior_settings(home / "data", home / "dvae", home / "tokenizer", output_dir, **settings)

@@ -71,8 +71,8 @@ def run(args: TrainArguments, accelerator: Accelerator, stage: Stage) -> None:
     Trains `stage` to the end of `args`, going on from its newest checkpoint, and saves the finished model.
 
     Raises:
-        ValueError: for a checkpoint that does not fit, or a loss that is no longer a number.
-        OSError: for a checkpoint that is missing or damaged.
+        ValueError: for a checkpoint that does not fit or is damaged, or a loss that is no longer a number.
+        OSError: if a checkpoint that the settings name is not there.
     """
     output_dir = Path(args.output_dir)
     optimizer = torch.optim.AdamW(
@@ -112,7 +112,7 @@ def run(args: TrainArguments, accelerator: Accelerator, stage: Stage) -> None:
             num_skipped = len(set(gather_object(list(skipped))))
             values = {"lr": learning_rate, **meter.read(), "skipped_rows": num_skipped}
             bar.set_postfix({key: f"{value:.4g}" for key, value in values.items() if key.endswith("loss")})
-            _check_finite(accelerator, values["loss"], progress.step)
+            _check_finite(accelerator, values, progress.step)
         if progress.step % args.validation_steps == 0 or is_last:
             with _averaged(ema, parameters):
                 values |= _validate(accelerator, stage, model, output_dir, progress.step)
@@ -212,13 +212,14 @@ class Meter:
         return values
 
 
-def _check_finite(accelerator: Accelerator, loss: float, step: int):
+def _check_finite(accelerator: Accelerator, values: dict[str, float], step: int):
     # With a loss scale (fp16) a batch that overflows is passed over; without one it has spoilt the weights.
-    if not math.isfinite(loss) and accelerator.scaler is None:
-        raise ValueError(
-            f"The loss is {loss} at update {step}. Lower `learning_rate`, lengthen `lr_warmup_steps` or lower"
-            " `max_grad_norm`, and start again: the checkpoints are from before."
-        )
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(values.get(name, 0)) and accelerator.scaler is None:
+            raise ValueError(
+                f"{name} is {values[name]} at update {step}. Lower `learning_rate` or `max_grad_norm`, or lengthen"
+                " `lr_warmup_steps`. The same command goes on from the newest checkpoint, from before this."
+            )
 
 
 @contextmanager

@@ -17,10 +17,11 @@ _PRESETS = {
         "hidden_size": 256,
         "num_hidden_layers": 8,
         "num_attention_heads": 8,
-        "text_length": 24,
+        "text_length": 32,
         "text_vocab_size": 2048,
         "image_grid_size": 8,
         "image_vocab_size": 1024,
+        "attention_types": ["full"] * 8,
     },
 }
 

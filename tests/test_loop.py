@@ -1,0 +1,231 @@
+"""The loop of training: a killed run goes on bit for bit, and batches, processes and workers change no loss.
+
+What a run ends in, and what it refuses, is in `test_train.py`.
+"""
+
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_training import (
+    MODEL,
+    VALIDATION,
+    build_home,
+    build_prior_settings,
+    dvae_settings,
+    list_steps,
+    losses,
+    read_log,
+    run,
+    start,
+)
+
+from hf_dalle import DalleDVAE
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return build_home(tmp_path_factory.mktemp("loop"))
+
+
+# ------------------------------------------------------------------------------------------------------ going on
+
+
+def kill_after(step, running, timeout=120):
+    """Ends each process without warning, once its folder has a checkpoint so far; none can clean up after itself."""
+    deadline = time.monotonic() + timeout
+    while running:
+        for folder, process in list(running.items()):
+            if max(list_steps(folder), default=0) >= step:
+                process.send_signal(signal.SIGKILL)
+                process.communicate()
+                assert running.pop(folder).returncode == -signal.SIGKILL
+            else:
+                assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.002)
+
+
+def build_resumed_settings(stage, home, output_dir):
+    """Runs whose every update draws random numbers: gumbel noise, dropout of states and captions, crops, views."""
+    settings = {"max_train_steps": 80, "checkpointing_steps": 4, "logging_steps": 3, "validation_split": "validation",
+                "validation_steps": 40, "gradient_accumulation_steps": 2, "resize_range": [1.0, 1.5],
+                "train_batch_size": 5, "dataloader_num_workers": 0}  # fmt: skip
+    if stage == "dvae":
+        return dvae_settings(home / "data", output_dir, **settings, initial_kl_per_token=2.0)
+    settings = build_prior_settings(home, output_dir, **settings)
+    model = {"hidden_dropout": 0.2, "attention_dropout": 0.2, "embedding_dropout": 0.2}
+    return {**settings, "model": {**settings["model"], **model}}
+
+
+@pytest.fixture(scope="module")
+def killed(home):
+    """Both stages, killed after a checkpoint; the two processes run side by side."""
+    settings = {stage: build_resumed_settings(stage, home, home / f"killed-{stage}") for stage in ("dvae", "prior")}
+    kill_after(8, {home / f"killed-{stage}": start(settings[stage]) for stage in settings})
+    return settings
+
+
+@pytest.mark.parametrize("stage", ["dvae", "prior"])
+def test_a_killed_run_goes_on_bit_for_bit(home, killed, stage):
+    folder = home / f"killed-{stage}"
+    last = list_steps(folder)[-1]
+    assert 8 <= last < 80 and not (folder / "model_index.json").exists() and not (folder / "config.json").exists()
+    (folder / ".checkpoint-44").mkdir(exist_ok=True)  # what is left of a checkpoint that the kill cut short
+    (folder / ".checkpoint-44" / "model.safetensors").write_bytes(b"half")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 77, "loss": 1.0}\n{"step": 78, "lo')  # rows past the checkpoint, the last cut short
+    if stage == "dvae":
+        launcher = (sys.executable, "-m", "accelerate.commands.launch")  # with no file of settings for this machine
+        process = start(killed[stage], launcher=launcher)
+        output, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, output
+        assert f"Going on from {folder / f'checkpoint-{last}'}, update {last} of 80" in output
+        assert "80/80" in output and "loss=" in output  # the progress bar
+        resumed = read_log(folder)
+    else:
+        resumed = run(killed[stage])
+    whole = run(build_resumed_settings(stage, home, home / f"whole-{stage}"))
+    steps = [row["step"] for row in resumed]
+    assert steps == sorted(set(steps)) == [step for step in range(1, 81) if step % 3 == 0 or step % 4 == 0]
+    for row, expected in zip(resumed, whole, strict=True):
+        assert row.keys() == expected.keys()
+        # the clock's, and the codes' count since the last validation, which no checkpoint holds
+        for name in row.keys() - {"pictures_per_second", "train_perplexity"}:
+            assert row[name] == expected[name], (row["step"], name)
+    assert [path.name for path in folder.glob(".checkpoint*")] == []
+    assert list_steps(folder) == [76, 80]
+    for path in ("checkpoint-80/model.safetensors", "**/*model.safetensors"):
+        for mine, other in zip(*(sorted(root.glob(path)) for root in (folder, home / f"whole-{stage}")), strict=True):
+            mine, other = load_file(mine), load_file(other)
+            assert all(torch.equal(mine[name], other[name]) for name in other)
+
+
+@pytest.fixture
+def short(home, tmp_path):
+    """Settings of a run of 6 updates with a checkpoint each 2."""
+    settings = {"max_train_steps": 6, "checkpointing_steps": 2, "logging_steps": 1, "learning_rate": 0.001}
+    return dvae_settings(home / "data", tmp_path / "run", **settings)
+
+
+def test_a_finished_run_starts_again_and_trains_nothing(short):
+    log = run(short)
+    checkpoint = Path(short["output_dir"], "checkpoint-6", "model.safetensors")
+    written = checkpoint.stat().st_mtime_ns
+    Path(short["output_dir"], "config.json").unlink()
+    assert run(short) == log and checkpoint.stat().st_mtime_ns == written
+    assert DalleDVAE.from_pretrained(short["output_dir"]).config.vocab_size == 16  # saved again
+    assert run(short, "--max_train_steps", "3") == log  # less than what is done
+
+
+def test_a_longer_run_goes_on_with_new_settings(short):
+    log = run(short)
+    longer = run(short, "--max_train_steps", "9", "--learning_rate", "0.5", "--lr_min_ratio", "1")
+    assert longer[:6] == log and [row["step"] for row in longer] == list(range(1, 10))
+    assert {row["lr"] for row in longer[6:]} == {0.5}
+    state = torch.load(Path(short["output_dir"], "checkpoint-9", "optimizer.bin"), weights_only=True)
+    assert [group["lr"] for group in state["param_groups"]] == [0.5, 0.005]  # encoder_lr_ratio
+
+
+def test_a_run_goes_on_from_a_checkpoint_that_is_named(short, tmp_path):
+    log = run(short, "--checkpoints_total_limit", "none")
+    assert len(list(Path(short["output_dir"]).glob("checkpoint-*"))) == 3
+    named = ("--resume_from_checkpoint", str(Path(short["output_dir"], "checkpoint-2")))
+    other = run({**short, "output_dir": str(tmp_path / "other")}, *named)
+    assert losses(other) == {step: loss for step, loss in losses(log).items() if step > 2}
+    with pytest.raises(ValueError, match="checkpoint-6 is of an earlier run.*starts at update 2"):
+        run(short, *named)
+    with pytest.raises(ValueError, match="checkpoint-6 is of an earlier run.*starts at update 0"):
+        run(short, "--resume_from_checkpoint", "none")
+    with pytest.raises(OSError, match="nowhere, which is not a folder"):
+        run(short, "--resume_from_checkpoint", "nowhere")
+    assert read_log(short["output_dir"]) == log  # nothing was lost
+
+
+def test_checkpoints_of_another_model_or_damaged_are_refused(home, short):
+    run(short)
+    with pytest.raises(ValueError, match="checkpoint-6 is damaged, or of a run with another model"):
+        run({**short, "model": {**MODEL, "decoder_in_channels": 8}})
+    with pytest.raises(ValueError, match="checkpoint-6 is damaged, or of a run with another model"):
+        run({**build_prior_settings(home, "x"), "output_dir": short["output_dir"]})
+    with pytest.raises(ValueError, match="checkpoint-6 is damaged, or of a run with .* other settings"):
+        run({**short, "use_ema": False})
+    for name, size in (("optimizer.bin", 1000), ("model.safetensors", 1000), ("custom_checkpoint_2.pkl", 0)):
+        path = Path(short["output_dir"], "checkpoint-6", name)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="checkpoint-6 is damaged"):
+            run(short)
+        path.write_bytes(whole)
+
+
+# ------------------------------------------------------------------------------------------- ways to the same losses
+
+
+def build_noiseless_settings(stage, home, output_dir, model=None):
+    """Runs that draw no random numbers but the order of the rows."""
+    settings = {"max_train_steps": 6, "checkpointing_steps": 4, "logging_steps": 1, "learning_rate": 0.003}
+    if stage == "prior":
+        return build_prior_settings(home, output_dir, **settings, **VALIDATION, caption_dropout=0.0)
+    model = {**MODEL, "quantizer": "nearest", "codebook_dim": 8, **(model or {})}
+    return dvae_settings(home / "data", output_dir, **settings, **VALIDATION, model=model)
+
+
+@pytest.mark.parametrize("stage", ["dvae", "prior"])
+def test_accumulated_batches_are_one_batch(home, tmp_path, stage):
+    """2 x 4 pictures give the losses of 8."""
+    logs = []
+    for batch_size, steps in ((8, 1), (4, 2)):
+        # VQ-VAE draws no noise, and a codebook that stands still is the same for both halves
+        settings = build_noiseless_settings(stage, home, tmp_path / str(steps), {"codebook_decay": 1.0})
+        logs.append(run({**settings, "train_batch_size": batch_size, "gradient_accumulation_steps": steps}))
+    for name in ("loss", "grad_norm", "text_loss", "image_loss", "nll"):
+        assert losses(logs[1], name) == pytest.approx(losses(logs[0], name), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["dvae", "prior"])
+def test_two_processes_are_one_of_the_doubled_batch(home, tmp_path, stage):
+    """Two gloo ranks of 4 pictures give the losses of 8, with the codebook's moving averages taken over both."""
+    one = run({**build_noiseless_settings(stage, home, tmp_path / "one"), "train_batch_size": 8})
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2")
+    settings = {**build_noiseless_settings(stage, home, tmp_path / "two"), "train_batch_size": 4}
+    process = start(settings, launcher=launcher)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    two = read_log(tmp_path / "two")
+    assert len(two) == len(one) == 6
+    for name in ("loss", "grad_norm", "text_loss", "image_loss", "nll", "commitment_loss", "validation_loss"):
+        assert losses(two, name) == pytest.approx(losses(one, name), abs=1e-5)
+    # and they go on together
+    process = start(settings, "--max_train_steps", "8", launcher=launcher)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and [row["step"] for row in read_log(tmp_path / "two")] == list(range(1, 9)), output
+
+
+@pytest.mark.parametrize("stage", ["dvae", "vq-vae", "prior"])
+def test_bfloat16(home, tmp_path, stage):
+    settings = {"max_train_steps": 4, "logging_steps": 1, "mixed_precision": "bf16", **VALIDATION}
+    if stage == "prior":
+        settings = build_prior_settings(home, tmp_path / "run", **settings, validation_prompts=["red and blue"])
+    else:
+        model = MODEL if stage == "dvae" else {**MODEL, "quantizer": "nearest", "codebook_dim": 8}
+        settings = dvae_settings(home / "data", tmp_path / "run", **settings, model=model)
+    half = run(settings)
+    full = run({**settings, "mixed_precision": "no", "output_dir": str(tmp_path / "full")})
+    assert losses(half)[1] == pytest.approx(losses(full)[1], rel=0.05)
+    assert losses(half) != losses(full)
+    weights = load_file(tmp_path / "run" / "checkpoint-4" / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+
+
+def test_workers_change_nothing(home, tmp_path):
+    settings = {"max_train_steps": 4, "logging_steps": 1, "resize_range": [1.0, 1.5]}
+    logs = []
+    for num_workers in (0, 2):
+        output_dir = tmp_path / str(num_workers)
+        logs.append(run(build_prior_settings(home, output_dir, **settings, dataloader_num_workers=num_workers)))
+    assert losses(logs[0]) == losses(logs[1])
