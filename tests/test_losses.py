@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_dalle.logit_laplace import logit_laplace_log_prob, map_pixels
-from hf_dalle.losses import dvae_loss, kl_to_uniform, prior_loss
+from hf_dalle.losses import dvae_loss, kl_to_uniform, pixel_loss, prior_loss
 
 
 def test_dvae_loss_is_the_elb_over_the_pixel_channels():
@@ -52,6 +52,15 @@ def test_kl_to_uniform_at_its_two_ends():
     one_hot = torch.zeros(1, 7, 3, 3)
     one_hot[:, 2] = 1e4
     assert kl_to_uniform(one_hot).item() == pytest.approx(9 * math.log(7), rel=1e-6)
+
+
+def test_pixel_loss_is_the_weighted_sum_of_mean_errors():
+    pixels, sample = torch.tensor([0.0, 0.5, 1.0, 1.0]), torch.tensor([0.5, 0.5, 1.0, 0.0])
+    shape = (1, 1, 2, 2)
+    losses = [
+        pixel_loss(pixels.view(shape), sample.view(shape), *weights).item() for weights in ((1, 0), (0, 1), (2, 3))
+    ]
+    assert losses == pytest.approx([1.5 / 4, 1.25 / 4, 2 * 1.5 / 4 + 3 * 1.25 / 4])
 
 
 def test_kl_of_the_nearest_quantizer_is_the_constant():

@@ -292,28 +292,28 @@ def write_parquet(path, captions, column="captions"):
 
 def test_script_reads_every_format_to_the_same_captions(tmp_path):
     write_parquet(tmp_path / "list.parquet", TABLE)
-    assert collect_captions(str(tmp_path / "list.parquet"), "captions") == (FLAT, 2)
+    assert collect_captions(str(tmp_path / "list.parquet"), ["captions"]) == (FLAT, 2)
 
     write_parquet(tmp_path / "string.parquet", [*FLAT, None], column="text")
-    assert collect_captions(str(tmp_path / "string.parquet"), "text") == (FLAT, 1)
+    assert collect_captions(str(tmp_path / "string.parquet"), ["text"]) == (FLAT, 1)
 
     rows = [{"file_name": f"{i}.png", "captions": cell} for i, cell in enumerate(TABLE)]
     rows.append({"file_name": "no_caption.png"})
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    assert collect_captions(str(tmp_path), "captions") == (FLAT, 3)
+    assert collect_captions(str(tmp_path), ["captions"]) == (FLAT, 3)
 
     quoted = "".join(f'{i}.png,"{caption}"\n' for i, caption in enumerate([*FLAT, ""]))
     (tmp_path / "table.csv").write_text("file_name,captions\n" + quoted, encoding="utf-8")
-    assert collect_captions(str(tmp_path / "table.csv"), "captions") == (FLAT, 1)
+    assert collect_captions(str(tmp_path / "table.csv"), ["captions"]) == (FLAT, 1)
 
     (tmp_path / "lines.txt").write_text("one\n\ntwo\n", encoding="utf-8")
-    assert collect_captions(str(tmp_path / "lines.txt"), "captions") == (["one", "two"], 1)
+    assert collect_captions(str(tmp_path / "lines.txt"), ["captions"]) == (["one", "two"], 1)
 
 
 def test_script_reads_a_glob_in_sorted_order(tmp_path):
     for name in ("b", "a", "c"):
         write_parquet(tmp_path / f"{name}.parquet", [[name]])
-    assert collect_captions(str(tmp_path / "*.parquet"), "captions") == (["a", "b", "c"], 0)
+    assert collect_captions(str(tmp_path / "*.parquet"), ["captions"]) == (["a", "b", "c"], 0)
 
 
 def test_script_saves_and_reports(tmp_path, capsys):
@@ -337,22 +337,31 @@ def test_script_saves_and_reports(tmp_path, capsys):
     ]
 
 
+def test_captions_of_several_columns_are_pooled(tmp_path):
+    table = pa.table({"captions": [["a fox", "a red fox"], []], "caption_ko": ["여우", None]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert collect_captions(str(tmp_path / "a.parquet"), ["captions", "caption_ko"]) == (
+        ["a fox", "a red fox", "여우"],
+        1,
+    )
+
+
 def test_script_names_what_it_cannot_read(tmp_path):
     write_parquet(tmp_path / "a.parquet", [["x"]], column="text")
     with pytest.raises(ValueError, match="a.parquet.*'captions'.*'image', 'text'"):
-        collect_captions(str(tmp_path / "a.parquet"), "captions")
+        collect_captions(str(tmp_path / "a.parquet"), ["captions"])
     (tmp_path / "broken.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
     with pytest.raises(ValueError, match="broken.parquet"):
-        collect_captions(str(tmp_path / "broken.parquet"), "text")
+        collect_captions(str(tmp_path / "broken.parquet"), ["text"])
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": ', encoding="utf-8")
     with pytest.raises(ValueError, match="broken.jsonl"):
-        collect_captions(str(tmp_path / "broken.jsonl"), "text")
+        collect_captions(str(tmp_path / "broken.jsonl"), ["text"])
     (tmp_path / "picture.png").write_bytes(b"")
     with pytest.raises(ValueError, match="picture.png.*parquet"):
-        collect_captions(str(tmp_path / "picture.png"), "text")
+        collect_captions(str(tmp_path / "picture.png"), ["text"])
     for nothing in ("nothing.parquet", "*.nothing", ""):
         with pytest.raises(FileNotFoundError, match="No captions"):
-            collect_captions(str(tmp_path / nothing), "text")
+            collect_captions(str(tmp_path / nothing), ["text"])
     (tmp_path / "numbers.jsonl").write_text('{"text": 3}', encoding="utf-8")
     with pytest.raises(ValueError, match="Caption 1 must be a string"):
         main(["--train_data", str(tmp_path / "numbers.jsonl"), "--caption_column", "text", "--output_dir", "unused"])

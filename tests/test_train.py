@@ -3,7 +3,6 @@
 How a run goes on after a kill is in `test_loop.py`.
 """
 
-import math
 import runpy
 import sys
 
@@ -73,12 +72,29 @@ def test_the_dvae_learns(home):
 
 def test_the_vq_vae_learns(home, tmp_path):
     model = {**MODEL, "quantizer": "nearest", "codebook_dim": 8}
-    log = run(dvae_settings(home / "data", tmp_path / "run", **VALIDATION, model=model, initial_kl_per_token=1.0))
+    settings = {**VALIDATION, "codebook_revival_share": 0.1, "codebook_revival_steps": 10}
+    log = run(dvae_settings(home / "data", tmp_path / "run", **settings, model=model))
     psnr = losses(log, "validation_psnr")
     assert losses(log)[60] < losses(log)[5] - 1 and psnr[60] > psnr[20] + 1 and psnr[60] > 12
-    assert all(value == pytest.approx(math.log(16)) for value in losses(log, "kl_per_token").values())
+    assert not {"kl_per_token", "temperature", "kl_weight"} & log[-1].keys()  # a constant, and of no use
     dvae = DalleDVAE.from_pretrained(tmp_path / "run")
     assert not torch.equal(dvae.codebook.codes, DalleDVAE(**model).codebook.codes)
+
+
+@pytest.mark.parametrize("quantizer", ["gumbel", "nearest"])
+def test_the_dvae_learns_by_pixel_errors(home, tmp_path, quantizer):
+    model = {**MODEL, "quantizer": quantizer, "codebook_dim": 8}
+    settings = {**VALIDATION, "pixel_l1_weight": 2.0, "pixel_l2_weight": 10.0, "initial_kl_per_token": 2.5}
+    log = run(dvae_settings(home / "data", tmp_path / "run", **settings, model=model))
+    errors, psnr = losses(log, "pixel_loss"), losses(log, "validation_psnr")
+    assert errors[60] < 0.7 * errors[5] and psnr[60] > psnr[20] + 1 and psnr[60] > 12
+    assert not {"nll", "validation_nll"} & log[-1].keys()  # nothing trains the likelihood's scale
+    row = log[-1]
+    if quantizer == "gumbel":  # the KL stays in the loss, in nats a pixel channel: here 16 cells of 16 x 16 pixels
+        num_cells = (16 // 4) ** 2 / (3 * 16**2)
+        assert row["loss"] == pytest.approx(row["pixel_loss"] + row["kl_weight"] * row["kl_per_token"] * num_cells)
+    else:
+        assert row["loss"] == pytest.approx(row["pixel_loss"] + row["commitment_loss"])
 
 
 def test_the_prior_learns(prior):

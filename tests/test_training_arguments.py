@@ -7,7 +7,11 @@ import yaml
 from arguments import DVAEArguments, PriorArguments, parse_arguments
 
 
-CONFIGS = sorted((Path(__file__).parent.parent / "training" / "configs").glob("*.yaml"))
+CONFIGS = sorted(
+    path
+    for path in (Path(__file__).parent.parent / "training" / "configs").glob("*.yaml")
+    if not path.stem.endswith("_evaluate")  # test_evaluate.py reads that
+)
 DVAE = {"stage": "dvae", "output_dir": "runs/a", "train_data_dir": "data"}
 PRIOR = {**DVAE, "stage": "prior", "dvae": "runs/dvae", "tokenizer": "runs/tokenizer"}
 

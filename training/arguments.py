@@ -7,7 +7,7 @@ Names are those of diffusers' training scripts. The order of a run lives in `loo
 import difflib
 import json
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -61,11 +61,16 @@ class TrainArguments:
         default="latest", metadata={"help": "'latest' (or from the start if there is none), a path, or none."}
     )
     validation_steps: int = field(default=500, metadata={"help": "Updates between validations."})
+    eval_on_start: bool = field(default=False, metadata={"help": "Validate before the first update too."})
     logging_steps: int = 10
     report_to: str | None = field(default="tensorboard", metadata={"help": "A tracker of Accelerate; none: no other."})
     weights_dtype: Literal["float32", "float16", "bfloat16"] = field(
         default="float32", metadata={"help": "Of the finished model on disk; it loads as float32."}
     )
+    push_to_hub: bool = field(default=False, metadata={"help": "Publish the finished model, with a card."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "Repository; none: output_dir's name, yours."})
+    hub_token: str | None = field(default=None, metadata={"help": "Of the Hub; none: `hf auth login`, or HF_TOKEN."})
+    hub_private_repo: bool = field(default=False, metadata={"help": "Make a new repository private."})
 
     def __post_init__(self):
         if not self.output_dir:
@@ -82,6 +87,8 @@ class TrainArguments:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; expected two numbers, low and high.")
         if self.resize_range is None and (self.crop_range is not None or self.do_random_flip):
             raise ValueError("`crop_range` and `do_random_flip` do nothing without `resize_range`, e.g. [1.0, 1.0].")
+        if not self.push_to_hub and (self.hub_model_id or self.hub_token or self.hub_private_repo):
+            raise ValueError("`hub_model_id`, `hub_token` and `hub_private_repo` do nothing without `push_to_hub`.")
 
 
 @dataclass
@@ -102,6 +109,16 @@ class DVAEArguments(TrainArguments):
             "help": "Start from a codebook clustered from the data, this sharp (nats); none: random, the paper."
         },
     )
+    pixel_l1_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of |error| of decoded pixels; above 0, pixel errors take the likelihood's place."},
+    )
+    pixel_l2_weight: float = field(default=0.0, metadata={"help": "The same of the squared error."})
+    codebook_revival_share: float | None = field(
+        default=None,
+        metadata={"help": "With 'nearest': codes with less than this share of the mean use start anew; none: never."},
+    )
+    codebook_revival_steps: int = field(default=100, metadata={"help": "Updates between such revivals."})
     encoder_lr_ratio: float = field(
         default=1.0, metadata={"help": "Encoder's learning rate / decoder's; 1 is the paper."}
     )
@@ -112,8 +129,25 @@ class DVAEArguments(TrainArguments):
 class PriorArguments(TrainArguments):
     """Stage 2 (paper, section 2.2 and appendix B)."""
 
-    dvae: str = field(default="", metadata={"help": "Folder of the trained dVAE."})
-    tokenizer: str = field(default="", metadata={"help": "Folder of the tokenizer (train_tokenizer.py)."})
+    dvae: str = field(default="", metadata={"help": "Folder of the trained dVAE; a pipeline to start from has one."})
+    tokenizer: str = field(
+        default="",
+        metadata={"help": "Folder of the tokenizer (train_tokenizer.py); a pipeline to start from has one."},
+    )
+    init_from: str | None = field(
+        default=None,
+        metadata={"help": "Fine-tune this pipeline, or this prior alone: a folder or a repository of the Hub."},
+    )
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "Train LoRA adapters of this rank; none: all weights. Needs init_from."}
+    )
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "The adapters' product is scaled by lora_alpha / lora_rank; none: by 1."}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "On what goes into the adapters."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers that get an adapter (q_proj, fc1, ...); none: all linear ones."}
+    )
     tokens_column: str | None = field(
         default=None, metadata={"help": "Column of precomputed tokens (precompute_image_tokens.py) to read instead."}
     )
@@ -136,8 +170,12 @@ class PriorArguments(TrainArguments):
     def __post_init__(self):
         super().__post_init__()
         for name in ("dvae", "tokenizer"):
-            if not getattr(self, name):
+            if not getattr(self, name) and self.init_from is None:
                 raise ValueError(f"`{name}` is missing: name the folder of the trained {name}.")
+        if self.lora_rank is not None and self.init_from is None:
+            raise ValueError("`lora_rank` needs `init_from`: adapters change a model that is trained already.")
+        if self.lora_rank is None and (self.lora_alpha or self.lora_dropout or self.lora_target_modules):
+            raise ValueError("`lora_alpha`, `lora_dropout` and `lora_target_modules` do nothing without `lora_rank`.")
         if self.tokens_column is not None and self.resize_range is not None:
             raise ValueError("`resize_range` does nothing to stored tokens: precompute_image_tokens.py augments them.")
         if self.caption_dropout == 0 and not all(prompt.strip() for prompt in self.validation_prompts or ()):
@@ -153,7 +191,7 @@ _RANGES = [
         (
             *("train_batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_train_steps"),
             *("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "logging_steps"),
-            "num_validation_images",
+            *("num_validation_images", "lora_rank"),
         ),
     ),
     (
@@ -162,21 +200,26 @@ _RANGES = [
         (
             *("learning_rate", "lr_warmup_steps", "adam_weight_decay", "seed", "dataloader_num_workers"),
             *("temperature_anneal_steps", "kl_weight", "kl_weight_warmup_steps", "encoder_lr_ratio"),
+            *("pixel_l1_weight", "pixel_l2_weight"),
         ),
     ),
-    (lambda value: value > 0, "above 0", ("adam_epsilon", "max_grad_norm", "temperature_start", "temperature_end")),
+    (
+        lambda value: value > 0,
+        "above 0",
+        ("adam_epsilon", "max_grad_norm", "temperature_start", "temperature_end", "lora_alpha"),
+    ),
     (
         lambda value: 0 <= value < 1,
         "in [0, 1)",
-        ("adam_beta1", "adam_beta2", "ema_decay", "caption_dropout", "bpe_dropout"),
+        ("adam_beta1", "adam_beta2", "ema_decay", "caption_dropout", "bpe_dropout", "lora_dropout"),
     ),
     (lambda value: 0 <= value <= 1, "in [0, 1]", ("lr_min_ratio",)),
 ]
 
 
-def parse_arguments(argv: list[str]) -> TrainArguments:
+def parse_arguments(argv: list[str], kind: type | None = None, script: str = "train.py") -> Any:
     """
-    Reads `CONFIG.yaml [--option value ...]` into the dataclass of the stage that the YAML names.
+    Reads `CONFIG.yaml [--option value ...]` into the dataclass of the stage that the YAML names, or into `kind`.
 
     An option takes `none` where the setting may be absent; a list takes several values; a dict takes JSON.
 
@@ -185,25 +228,27 @@ def parse_arguments(argv: list[str]) -> TrainArguments:
         OSError: if the file cannot be read.
         SystemExit: after `--help`.
     """
-    usage = "Usage: train.py CONFIG.yaml [--option value ...]; `train.py CONFIG.yaml --help` lists the options."
+    usage = f"Usage: {script} CONFIG.yaml [--option value ...]; `{script} CONFIG.yaml --help` lists the options."
     if argv in (["-h"], ["--help"]):
         print(usage)
         raise SystemExit
     if not argv or argv[0].startswith("-"):
         raise ValueError(f"There is no settings file. {usage}")
-    values = _read_yaml(Path(argv[0]))
-    stage = values.pop("stage", None)
-    if str(stage) not in STAGES:
-        raise ValueError(f"{argv[0]} says `stage: {stage}`; expected one of {', '.join(STAGES)}.")
-    kinds = get_type_hints(STAGES[stage])
+    values = read_yaml(Path(argv[0]))
+    if kind is None:
+        stage = values.pop("stage", None)
+        if str(stage) not in STAGES:
+            raise ValueError(f"{argv[0]} says `stage: {stage}`; expected one of {', '.join(STAGES)}.")
+        kind = STAGES[stage]
+    kinds = get_type_hints(kind)
     options = _read_options(argv[1:])
     if options.keys() & {"help", "h"}:
-        print(usage, *_describe(STAGES[stage]), sep="\n")
+        print(usage, *_describe(kind), sep="\n")
         raise SystemExit
     check_names(values, kinds, argv[0])
     check_names(options, kinds, "The command line")
     values = {**values, **options}
-    return STAGES[stage](**{name: _convert(name, kinds[name], value) for name, value in values.items()})
+    return kind(**{name: _convert(name, kinds[name], value) for name, value in values.items()})
 
 
 def check_names(given: Collection[str], known: Collection[str], where: str) -> None:
@@ -215,7 +260,8 @@ def check_names(given: Collection[str], known: Collection[str], where: str) -> N
             raise ValueError(f"{where} has an unknown key `{name}`. {hint}")
 
 
-def _read_yaml(path: Path) -> dict:
+def read_yaml(path: Path) -> dict:
+    """The `key: value` lines of a file; a `ValueError` says where it is no such thing."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -273,7 +319,7 @@ def _cast(kind: Any, value: Any) -> Any:
     return value
 
 
-def _describe(stage: type) -> Iterator[str]:
-    for item in fields(stage):
-        default = {} if item.type is dict else item.default
+def _describe(kind: type) -> Iterator[str]:
+    for item in fields(kind):
+        default = item.default if item.default_factory is MISSING else item.default_factory()
         yield f"  --{item.name} ({default!r}): {item.metadata.get('help', '')}".rstrip(": ")

@@ -1,4 +1,5 @@
-"""Where a short dVAE run starts from: a codebook taken from the data, instead of the paper's random one.
+"""Where a short dVAE run starts from: a codebook taken from the data, instead of the paper's random one; and how codes
+that fell out of use come back.
 
 From random weights, at the learning rates that a run of minutes needs, most pilot runs on flat drawings were down to a
 few codes within some hundred updates. Here the encoder's features are clustered, and each code begins as one
@@ -53,6 +54,35 @@ def initialize_from_data(model: DalleDVAE, pixel_values: torch.Tensor, kl_per_to
         projection = torch.randn(width, model.config.decoder_in_channels, generator=generator) / math.sqrt(width)
         model.decoder.conv_in.weight.copy_((spread @ projection).T[:, :, None, None])
     initialize_output_bias(model, pixel_values)
+
+
+@torch.no_grad()
+def revive_codes(model: DalleDVAE, pixel_values: torch.Tensor, min_share: float, seed: int = 0) -> int:
+    """
+    Puts codes of a "nearest" codebook that are hardly used onto random cells of these pictures.
+
+    Args:
+        model ([`DalleDVAE`]): changed in place.
+        pixel_values (`torch.Tensor`): B x 3 x H x W in [0, 1].
+        min_share (`float`): of the mean use of all codes; codes with less are moved.
+        seed (`int`): of the choice of cells.
+
+    Returns:
+        `int`: how many codes were moved.
+    """
+    codebook = model.codebook
+    mean_count = codebook.ema_count.mean()
+    unused = (codebook.ema_count < min_share * mean_count).nonzero()[:, 0]
+    if not len(unused):
+        return 0
+    features = cell_features(model, pixel_values).to(codebook.codes)
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
+    moved = unused[: len(features)]
+    codes = features[order[: len(moved)].to(features.device)]
+    codebook.codes[moved] = codes
+    codebook.ema_count[moved] = mean_count / 2
+    codebook.ema_sum[moved] = codes * mean_count / 2
+    return len(moved)
 
 
 def cell_features(model: DalleDVAE, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -13,13 +13,14 @@ import torch
 from accelerate.logging import get_logger
 from arguments import DVAEArguments, TrainArguments, check_names
 from diffusers.utils import make_image_grid
-from initialize_dvae import initialize_from_data
+from initialize_dvae import initialize_from_data, revive_codes
 from PIL import Image
 
 from hf_dalle import DalleDVAE, DalleImageProcessor
 from hf_dalle.autoencoder_dalle_dvae import DalleDVAEDecoderOutput
 from hf_dalle.data import CaptionImageCollator, CaptionImageDataset, RandomCrop, load_rows, read_in_order
-from hf_dalle.losses import DVAELoss, dvae_loss
+from hf_dalle.losses import DVAELoss, dvae_loss, pixel_loss
+from hf_dalle.metrics import perplexity, psnr
 from hf_dalle.optimization import cosine_anneal
 
 
@@ -59,8 +60,11 @@ class DVAEStage:
         )
         self.collator = CaptionImageCollator()
         self.code_counts = torch.zeros(self.model.config.vocab_size)
-        if args.initial_kl_per_token is not None:
+        if args.codebook_revival_share is not None and self.model.config.quantizer != "nearest":
+            raise ValueError("`codebook_revival_share` needs `quantizer: nearest`: only there codes have counts.")
+        if args.initial_kl_per_token is not None or args.codebook_revival_share is not None:
             self._initialize()
+        self.model.to(memory_format=torch.channels_last)  # the quicker layout for convolutions, on CPUs in bf16 too
 
     def _initialize(self, num_pictures: int = 768):
         num_pictures = min(num_pictures, len(self.train_dataset))
@@ -78,22 +82,38 @@ class DVAEStage:
         ]
 
     def compute_loss(self, model: torch.nn.Module, batch: dict, step: int) -> tuple[torch.Tensor, dict[str, Any]]:
-        args, pixel_values = self.args, batch["pixel_values"]
+        args, pixel_values = self.args, batch["pixel_values"].contiguous(memory_format=torch.channels_last)
+        self._revive_codes(pixel_values, step)
         temperature = cosine_anneal(step, args.temperature_start, args.temperature_end, args.temperature_anneal_steps)
         beta = cosine_anneal(step, 0.0, args.kl_weight, args.kl_weight_warmup_steps)
         output = model(pixel_values, temperature)
-        parts = self._elbo(pixel_values, output, output.logits, beta)
         self.code_counts = self.code_counts.to(output.tokens.device)
         self.code_counts += torch.bincount(output.tokens.flatten(), minlength=len(self.code_counts))
-        logs = {
-            "nll": parts.nll / pixel_values[0].numel(),
-            "kl_per_token": parts.kl / output.tokens[0].numel(),
-            "temperature": temperature,
-            "kl_weight": beta,
-        }
+        logs = {"temperature": temperature, "kl_weight": beta}
         if self.model.config.quantizer == "nearest":
-            logs["commitment_loss"] = output.commitment_loss
-        return parts.loss + output.commitment_loss, logs
+            beta, logs = 0.0, {"commitment_loss": output.commitment_loss}  # its KL is a constant
+        parts = self._elbo(pixel_values, output, output.logits, beta)
+        if self._has_pixel_loss:
+            error = pixel_loss(pixel_values, output.sample, args.pixel_l1_weight, args.pixel_l2_weight)
+            loss = error + beta * parts.kl / pixel_values[0].numel()
+            logs["pixel_loss"] = error
+        else:
+            loss = parts.loss
+            logs["nll"] = parts.nll / pixel_values[0].numel()
+        if self.model.config.quantizer == "gumbel":
+            logs["kl_per_token"] = parts.kl / output.tokens[0].numel()
+        return loss + output.commitment_loss, logs
+
+    @property
+    def _has_pixel_loss(self) -> bool:
+        return self.args.pixel_l1_weight > 0 or self.args.pixel_l2_weight > 0
+
+    def _revive_codes(self, pixel_values: torch.Tensor, step: int) -> None:
+        """Every `codebook_revival_steps` updates; not in the last fifth, so that all codes end up trained."""
+        args = self.args
+        is_due = step > 0 and step % args.codebook_revival_steps == 0 and step < 0.8 * args.max_train_steps
+        if args.codebook_revival_share is not None and self.model.training and is_due:
+            revive_codes(self.model, pixel_values, args.codebook_revival_share, args.seed + step)
 
     def _elbo(
         self, pixel_values: torch.Tensor, decoded: DalleDVAEDecoderOutput, logits: torch.Tensor, beta: float
@@ -118,37 +138,37 @@ class DVAEStage:
         if self.validation_dataset is None:
             return values, {}
         num_shown = self.args.num_validation_images
-        psnr, nll, counts, shown = [], 0.0, torch.zeros_like(self.code_counts), []
+        decibels, nll, counts, shown = [], 0.0, torch.zeros_like(self.code_counts), []
         for batch in read_in_order(self.validation_dataset, self.args.eval_batch_size, self.collator):
             pixels = batch["pixel_values"].to(model.device)
             encoded = model.encode(pixels)
             decoded = model.decode(encoded.tokens)
-            squared_error = (decoded.sample - pixels).square().flatten(1).mean(1)
-            psnr += (-10 * squared_error.clamp(min=1e-10).log10()).tolist()
+            decibels += psnr(pixels, decoded.sample).tolist()
             parts = self._elbo(pixels, decoded, encoded.logits, beta=0.0)
             nll += parts.nll.item() / pixels[0].numel() * len(pixels)
             counts += torch.bincount(encoded.tokens.flatten(), minlength=len(counts))
             shown += list(zip(pixels, decoded.sample, strict=True))[: num_shown - len(shown)]
         values |= {
-            "validation_psnr": math.fsum(psnr) / len(psnr),
-            "validation_nll": nll / len(psnr),
+            "validation_psnr": math.fsum(decibels) / len(decibels),
             "validation_perplexity": perplexity(counts),
         }
+        if not self._has_pixel_loss:  # with it nothing trains the likelihood's scale
+            values["validation_nll"] = nll / len(decibels)
         return values, {"reconstructions": self._grid(shown)}
 
     def _watch_codebook(self, used: float):
         vocab_size = self.model.config.vocab_size
         if not 0 < used < vocab_size / 10:
             return
-        changes = "lower `learning_rate`"
+        changes = "set `codebook_revival_share` (0.07, say), lower `learning_rate`"
         if self.model.config.quantizer == "gumbel":
             changes = (
                 "lower `kl_weight` or lengthen `kl_weight_warmup_steps`, anneal the temperature more slowly"
-                " (`temperature_anneal_steps`)"
+                " (`temperature_anneal_steps`), start from the data (`initial_kl_per_token`)"
             )
         logger.warning(
-            f"The codebook's perplexity is {used:.0f} of {vocab_size} codes. If it stays under a tenth, {changes},"
-            " start from the data (`initial_kl_per_token`), or make `vocab_size` smaller."
+            f"The codebook's perplexity is {used:.0f} of {vocab_size} codes. If it stays under a tenth, {changes}, or"
+            " make `vocab_size` smaller."
         )
 
     def _grid(self, shown: list[tuple[torch.Tensor, torch.Tensor]]) -> Image.Image:
@@ -161,13 +181,6 @@ class DVAEStage:
         """Writes a folder for [`DalleDVAE.from_pretrained`], with its image processor."""
         save_dvae(model, folder, self.args.weights_dtype)
         self.image_processor.save_pretrained(folder)
-
-
-def perplexity(counts: torch.Tensor) -> float:
-    """exp of the entropy of the codes' frequencies: how many of the codes are in use, in effect; 0 without counts."""
-    if not counts.sum():
-        return 0.0
-    return torch.special.entr(counts / counts.sum()).sum().exp().item()
 
 
 def save_dvae(model: DalleDVAE, folder: Path, dtype: str) -> None:

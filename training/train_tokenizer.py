@@ -78,13 +78,14 @@ def check_column(caption_column: str, columns: Iterable[str]) -> None:
         raise ValueError(f"no column {caption_column!r} (--caption_column); there are {', '.join(map(repr, columns))}")
 
 
-def collect_captions(train_data: str, caption_column: str) -> tuple[list[str], int]:
+def collect_captions(train_data: str, caption_columns: list[str]) -> tuple[list[str], int]:
     """All captions of `train_data`, and the number of rows skipped since they have none."""
     captions, num_skipped = [], 0
     for path in find_files(train_data):
         try:
-            for cell in read_captions(path, caption_column):
-                found = [text for text in (cell if isinstance(cell, list) else [cell]) if text not in (None, "")]
+            for row in zip(*(read_captions(path, column) for column in caption_columns), strict=True):
+                texts = [text for cell in row for text in (cell if isinstance(cell, list) else [cell])]
+                found = [text for text in texts if text not in (None, "")]
                 captions += found
                 num_skipped += not found
         except ValueError as error:
@@ -116,7 +117,12 @@ def main(args: list[str] | None = None) -> None:
         required=True,
         help="parquet, jsonl or csv table, txt file with a caption a line, glob of such files, or an imagefolder",
     )
-    parser.add_argument("--caption_column", default="captions", help="column of strings or of lists of strings")
+    parser.add_argument(
+        "--caption_column",
+        nargs="+",
+        default=["captions"],
+        help="columns of strings or of lists of strings; several where a tokenizer is to hold several languages",
+    )
     parser.add_argument("--vocab_size", type=int, default=16384, help="the most entries; at least 258")
     parser.add_argument("--text_length", type=int, default=256, help="the most tokens a caption; at least 2")
     parser.add_argument("--output_dir", required=True, help="where the tokenizer is saved")

@@ -69,6 +69,20 @@ def dvae_loss(
     return DVAELoss(loss=(nll + beta * kl) / pixel_values[0].numel(), nll=nll, kl=kl)
 
 
+def pixel_loss(
+    pixel_values: torch.Tensor, sample: torch.Tensor, l1_weight: float = 0.0, l2_weight: float = 0.0
+) -> torch.Tensor:
+    """
+    Weighted mean absolute and mean squared error of decoded pictures, for runs that leave the paper's likelihood.
+
+    Args:
+        pixel_values, sample (`torch.Tensor`): B x 3 x H x W in [0, 1].
+        l1_weight, l2_weight (`float`): from 0.
+    """
+    error = sample.float() - pixel_values.float()
+    return l1_weight * error.abs().mean() + l2_weight * error.square().mean()
+
+
 def prior_loss(
     text_logits: torch.Tensor | None,
     text_labels: torch.Tensor | None,

