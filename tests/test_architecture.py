@@ -25,7 +25,7 @@ FLOORS = [
         "image_processing_dalle",
         "tokenization_dalle",
     },
-    {"processing_dalle", "sampling", "reranking", "metrics", "optimization"},
+    {"processing_dalle", "lora_dalle", "publishing", "sampling", "reranking", "metrics", "optimization"},
     {"data", "pipeline_dalle"},
     {"hub", "gradio_app"},
     {"cli"},

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import loop
+import render_card
 import torch
 import train_dvae
 import train_prior
@@ -16,6 +17,14 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration, set_seed
 from arguments import DVAEArguments, TrainArguments, parse_arguments
+from describe_run import describe_training
+
+from hf_dalle.hub import render_model_card
+from hf_dalle.publishing import list_files, prepare_repository, push_files
+
+
+# What a run leaves beside the model: to go on from, and to watch it by.
+UNPUBLISHED = ("checkpoint-*/*", "logs/*", "validation/*", "metrics.jsonl")
 
 
 def main(argv: list[str]) -> None:
@@ -30,13 +39,33 @@ def main(argv: list[str]) -> None:
     if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("`mixed_precision: fp16` needs an accelerator; a CPU trains with 'no' or 'bf16'.")
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR)
-    logging.getLogger("accelerate").setLevel(logging.WARNING)  # which else tells of each file of each checkpoint
+    for name in ("accelerate", "httpx2"):  # they tell of each file of each checkpoint, of each request to the Hub
+        logging.getLogger(name).setLevel(logging.WARNING)
+    repo_id = None
+    if args.push_to_hub and accelerator.is_main_process:  # asked now: a token that is refused must not cost a training
+        name = args.hub_model_id or Path(args.output_dir).resolve().name
+        repo_id = prepare_repository(name, args.hub_token, private=args.hub_private_repo or None)
     set_seed(args.seed, device_specific=True)
     stage = train_dvae.DVAEStage(args) if isinstance(args, DVAEArguments) else train_prior.PriorStage(args)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     if args.report_to is not None:
         accelerator.init_trackers("hf-dalle", config=_flatten(args))
     loop.run(args, accelerator, stage)
+    if repo_id is not None:
+        print(f"Published: {_publish(args, repo_id, accelerator.num_processes)}")
+
+
+def _publish(args: TrainArguments, repo_id: str, num_processes: int) -> str:
+    """Pushes the finished model with its card and its last validation pictures; returns the commit's address."""
+    folder = Path(args.output_dir)
+    report = describe_training(args, num_processes)
+    pictures = {f"{name}.png": folder / path for name, path in report["pictures"].items()}
+    report |= {"name": repo_id.split("/")[-1], "pictures": {Path(name).stem: name for name in pictures}}
+    files = {**pictures, **list_files(folder, ignore=UNPUBLISHED)}
+    if "README.md" not in files:
+        card = render_model_card(report, render_card.TEMPLATE, model_id=repo_id)
+        files["README.md"] = str(card).encode()
+    return push_files(files, repo_id, f"Trained for {args.max_train_steps} updates", token=args.hub_token)
 
 
 def _check_tracker(name: str | None) -> None:
@@ -51,7 +80,8 @@ def _check_tracker(name: str | None) -> None:
 
 def _flatten(args: TrainArguments) -> dict:
     """Settings as the numbers and strings that trackers take."""
-    return {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in vars(args).items()}
+    settings = {key: value for key, value in vars(args).items() if key != "hub_token"}
+    return {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in settings.items()}
 
 
 if __name__ == "__main__":

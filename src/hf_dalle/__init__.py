@@ -9,6 +9,7 @@ from .hub import register_classes
 from .image_processing_dalle import DalleImageProcessor
 from .modeling_dalle_prior import DallePriorForCausalLM, DallePriorModel
 from .pipeline_dalle import DALLEPipeline, DALLEPipelineOutput
+from .processing_dalle import DalleProcessor
 from .tokenization_dalle import encode_captions, train_tokenizer
 
 
@@ -22,6 +23,7 @@ __all__ = [
     "DallePriorConfig",
     "DallePriorForCausalLM",
     "DallePriorModel",
+    "DalleProcessor",
     "encode_captions",
     "train_tokenizer",
 ]

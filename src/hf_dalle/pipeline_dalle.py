@@ -5,7 +5,7 @@ How tokens are drawn lives in `sampling.py`; what makes `DiffusionPipeline.from_
 """
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput, logging
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
 from .autoencoder_dalle_dvae import DalleDVAE
 from .image_processing_dalle import DalleImageProcessor
+from .lora_dalle import DalleLoraLoaderMixin
 from .modeling_dalle_prior import DallePriorForCausalLM
+from .publishing import DallePublishingMixin, check_folder
 from .reranking import rank_images
 from .sampling import draw_image_tokens, resolve_settings, spawn_generators
 from .tokenization_dalle import encode_captions
@@ -46,12 +47,13 @@ class DALLEPipelineOutput(BaseOutput):
     nsfw_content_detected: list[bool] | None = None
 
 
-class DALLEPipeline(DiffusionPipeline):
+class DALLEPipeline(DalleLoraLoaderMixin, DallePublishingMixin, DiffusionPipeline):
     r"""
     Draws pictures from captions, as in "Zero-Shot Text-to-Image Generation" (Ramesh et al., 2021): the prior draws
     image tokens, the dVAE decodes them.
 
-    This model inherits from [`DiffusionPipeline`], which saves, loads and moves it.
+    This model inherits from [`DiffusionPipeline`], which saves, loads and moves it, from [`DallePublishingMixin`],
+    which publishes it, and from [`DalleLoraLoaderMixin`], which adds LoRA adapters to its prior.
 
     Args:
         prior ([`DallePriorForCausalLM`]): the transformer over text and image tokens.
@@ -391,7 +393,7 @@ class DALLEPipeline(DiffusionPipeline):
             ValueError: if the parts do not fit each other.
         """
         if Path(pretrained_model_name_or_path).is_dir():
-            _check_folder(Path(pretrained_model_name_or_path), given=kwargs.keys())
+            check_folder(Path(pretrained_model_name_or_path), given=kwargs.keys())
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def to_json_string(self) -> str:
@@ -421,28 +423,3 @@ def _check_fit(prior, dvae, tokenizer, image_processor) -> None:
     for name, number, other_name, other_number in pairs:
         if number != other_number:
             raise ValueError(f"The parts do not fit: `{name}` is {number}, but `{other_name}` is {other_number}.")
-
-
-_NEEDED_FILES = {
-    "prior": ["config.json", "*.safetensors"],
-    "dvae": ["config.json", "*.safetensors"],
-    "tokenizer": ["tokenizer.json", "tokenizer_config.json"],
-    "image_processor": ["preprocessor_config.json"],
-}
-
-
-def _check_folder(folder: Path, given: Collection[str]) -> None:
-    """Raises an `OSError` that names the file where a saved pipeline lacks one, or one is cut short."""
-    needed = [f"{part}/{name}" for part, names in _NEEDED_FILES.items() if part not in given for name in names]
-    for name in ["model_index.json", *needed]:
-        if not any(folder.glob(name)):
-            raise OSError(f"{folder / name} is missing: {folder} is not a whole `DALLEPipeline`.")
-    for path in folder.glob("*/*"):
-        try:
-            if path.suffix == ".json":
-                json.loads(path.read_text(encoding="utf-8"))
-            elif path.suffix == ".safetensors":
-                with safe_open(path, framework="pt"):
-                    pass  # opening compares the header with the file's length
-        except (ValueError, SafetensorError) as error:
-            raise OSError(f"{path} is damaged or cut short ({error}). Copy or download it again.") from error
