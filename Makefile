@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow quality style clean
+.PHONY: help demo lora test test-slow quality style clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
@@ -13,6 +13,10 @@ help: ## list the targets
 demo: $(VENV)/.installed ## draw four pictures with checkpoints/emoji-mini
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(BIN)/hf-dalle draw "a glossy 3d style emoji of hedgehog" \
 		--checkpoint checkpoints/emoji-mini --num_images 4 --seed 0 --output hedgehog.png
+
+lora: $(VENV)/.installed-dev ## teach checkpoints/emoji-mini a new style from 100 pictures; needs npm
+	$(BIN)/python training/prepare_style.py
+	$(BIN)/accelerate launch --num_cpu_threads_per_process 2 training/train.py training/configs/emoji_mini_lora.yaml
 
 test: $(VENV)/.installed-dev ## run the tests but the slow ones
 	$(BIN)/python -m pytest

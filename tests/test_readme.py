@@ -22,9 +22,9 @@ def test_the_python_runs(monkeypatch):
     for language, code in BLOCKS:
         if language == "python":
             exec(compile(code, "README.md", "exec"), names)
-    assert [image.size for image in names["images"]] == [(64, 64)] * 4
+    assert [image.size for image in names["images"]] == [(96, 96)] * 4
     assert isinstance(names["completed"], Image.Image)
-    assert names["tokens"].shape == (4, 8, 8) and len(names["pictures"]) == 4
+    assert names["tokens"].shape == (4, 12, 12) and len(names["pictures"]) == 4
     assert names["ids"].shape == (1, names["pipe"].prior.config.stream_length + 1)
 
 
@@ -40,7 +40,7 @@ def test_the_drawing_commands_run(monkeypatch, tmp_path, capsys):
             assert stopped.value.code == 0
         else:
             assert cli.main(arguments) == 0
-    assert Image.open(tmp_path / "apple.png").size == (3 * 64, 3 * 64)
+    assert Image.open(tmp_path / "apple.png").size == (3 * 96, 3 * 96)
 
 
 def test_the_training_commands_parse(monkeypatch, capsys):

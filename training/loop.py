@@ -84,7 +84,8 @@ def run(args: TrainArguments, accelerator: Accelerator, stage: Stage) -> None:
     )
     schedule = get_warmup_cosine_schedule(optimizer, args.lr_warmup_steps, args.max_train_steps, args.lr_min_ratio)
     model, optimizer = accelerator.prepare(stage.model, optimizer)
-    parameters = list(accelerator.unwrap_model(model).parameters())
+    # A frozen model around an adapter has no average.
+    parameters = [parameter for parameter in accelerator.unwrap_model(model).parameters() if parameter.requires_grad]
     ema = EMAModel(parameters, decay=args.ema_decay, foreach=True) if args.use_ema else None
     progress = Progress()
     accelerator.register_for_checkpointing(progress, schedule, *([ema] if ema else []))
@@ -93,6 +94,8 @@ def run(args: TrainArguments, accelerator: Accelerator, stage: Stage) -> None:
     if ema:
         ema.to(accelerator.device)
 
+    if args.eval_on_start and progress.step == 0:
+        _log(accelerator, output_dir, 0, _validate(accelerator, stage, model, output_dir, 0))
     skipped = {}
     batches = _report_skipped(_batches(args, accelerator, stage, progress.step), skipped)
     bar = tqdm(total=args.max_train_steps, initial=progress.step, disable=not accelerator.is_main_process, unit="step")
@@ -272,7 +275,7 @@ def _clean(accelerator: Accelerator, output_dir: Path, step: int):
     if path.is_file():
         rows = [line for line in path.read_text().splitlines() if line.endswith("}")]
         beside = output_dir / ".metrics.jsonl"
-        beside.write_text("".join(f"{row}\n" for row in rows if json.loads(row)["step"] <= step))
+        beside.write_text("".join(f"{row}\n" for row in rows if json.loads(row)["step"] <= step and step))
         beside.replace(path)
 
 

@@ -376,9 +376,9 @@ def make_captions(phrase: str, name: str, tags: Iterable[str]) -> list[str]:
     return [caption, f"{caption}, {', '.join(tags)}"] if tags else [caption]
 
 
-def make_example(row: SplitRow, concept: Concept, png: bytes) -> dict:
+def make_example(row: SplitRow, concept: Concept, png: bytes, emoji_sets: Iterable[EmojiSet] = EMOJI_SETS) -> dict:
     """One row of the parquet files, as `FEATURES` names its columns."""
-    emoji_set = next(s for s in EMOJI_SETS if s.style == row.style)
+    emoji_set = next(s for s in emoji_sets if s.style == row.style)
     return {
         "image": {"bytes": png, "path": None},
         "captions": make_captions(emoji_set.phrase, row.name, concept.tags),

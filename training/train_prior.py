@@ -1,7 +1,8 @@
 """Stage 2, the prior: cross-entropy over caption and image tokens of a frozen dVAE, drawn captions as validation.
 
-The model is `hf_dalle.modeling_dalle_prior`; the loop that drives this lives in `loop.py`. Image tokens come from the
-dVAE at each step, or from the store that `precompute_image_tokens.py` wrote.
+The model is `hf_dalle.modeling_dalle_prior`; the loop that drives this lives in `loop.py`, the start from a published
+checkpoint and LoRA in `finetune_prior.py`. Image tokens come from the dVAE at each step, or from the store that
+`precompute_image_tokens.py` wrote.
 """
 
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from arguments import PriorArguments, check_names
 from diffusers.utils import make_image_grid
+from finetune_prior import add_adapter, find_start, load_prior, save_adapter
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from precompute_image_tokens import check_store
@@ -25,11 +27,14 @@ class PriorStage:
     """Model, data, loss and validation of stage 2."""
 
     def __init__(self, args: PriorArguments):
-        self.args = args
+        self.args = args = find_start(args)
         self.dvae = _load("dvae", DalleDVAE, args.dvae).requires_grad_(False).eval()
         self.image_processor = DalleImageProcessor(size=self.dvae.config.sample_size)
         self.tokenizer = _load("tokenizer", AutoTokenizer, args.tokenizer)
-        self.model = DallePriorForCausalLM(self._make_config())
+        self.model = load_prior(args) if args.init_from else DallePriorForCausalLM(self._make_config())
+        self._pipeline(self.model)  # which refuses parts that do not fit
+        if args.lora_rank is not None:
+            add_adapter(self.model, args)
         self.model.set_attn_implementation(args.attn_implementation)
         check_names(args.generation, ["guidance_scale", "temperature", "top_k", "top_p"], "`generation`")
         resolve_settings(self.model.generation_config, **args.generation)
@@ -66,8 +71,8 @@ class PriorStage:
             raise ValueError(f"A value in `model` does not fit: {error}") from error
 
     def parameter_groups(self) -> list[dict]:
-        """One group: the paper decays all parameters alike."""
-        return [{"params": list(self.model.parameters())}]
+        """One group: the paper decays all parameters alike. With LoRA these are the adapters'."""
+        return [{"params": [parameter for parameter in self.model.parameters() if parameter.requires_grad]}]
 
     def _image_tokens(self, batch: dict) -> torch.Tensor:
         """B x N tokens, stored or encoded now, in full precision."""
@@ -129,7 +134,10 @@ class PriorStage:
         )
 
     def save(self, model: DallePriorForCausalLM, folder: Path) -> None:
-        """Writes a folder for [`DALLEPipeline.from_pretrained`]."""
+        """Writes a folder for [`DALLEPipeline.from_pretrained`]; with LoRA one for `load_lora_weights`."""
+        if self.args.lora_rank is not None:
+            save_adapter(model, folder, self.args.weights_dtype)
+            return
         self._pipeline(model.eval()).save_pretrained(folder)
         if self.args.weights_dtype == "float32":
             return
