@@ -1,5 +1,6 @@
-"""A codebook taken from the data: in use where a random one is not, as sharp as asked for, in an unchanged model; codes
-that fell out of use come back.
+"""A codebook taken from the data: in use where a random one is not, as sharp as asked for, in an unchanged model.
+
+And codes that fell out of use, which come back.
 """
 
 import math
