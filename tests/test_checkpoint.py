@@ -29,7 +29,7 @@ def pipe():
 def test_sizes(pipe):
     assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 24e6
     assert 5e6 < sum(parameter.numel() for parameter in pipe.prior.parameters()) < 10e6
-    assert pipe.dvae.config.sample_size == 64 and pipe.dvae.image_grid_size == 8
+    assert pipe.dvae.config.sample_size == 96 and pipe.dvae.image_grid_size == 12
 
 
 def test_the_preset_of_its_name_has_its_sizes(pipe):

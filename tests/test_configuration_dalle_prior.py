@@ -54,7 +54,7 @@ def test_layout_of_few_layers(num_hidden_layers, types):
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [("12b", (64, 62, 3968)), ("1.2b", (24, 32, 2048)), ("emoji-mini", (8, 8, 256))]
+    ("name", "shape"), [("12b", (64, 62, 3968)), ("1.2b", (24, 32, 2048)), ("emoji-mini", (8, 4, 256))]
 )
 def test_presets(name, shape):
     config = DallePriorConfig.from_preset(name)
@@ -63,8 +63,8 @@ def test_presets(name, shape):
 
 def test_preset_of_the_demo_and_its_overrides():
     config = DallePriorConfig.from_preset("emoji-mini", attention_types=["full"] * 2, num_hidden_layers=2)
-    assert (config.text_length, config.text_vocab_size) == (32, 2048)
-    assert (config.image_grid_size, config.image_vocab_size) == (8, 1024)
+    assert (config.text_length, config.text_vocab_size) == (32, 3072)
+    assert (config.image_grid_size, config.image_vocab_size) == (12, 1024)
     assert config.attention_types == ["full", "full"]
 
 

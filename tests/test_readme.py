@@ -16,6 +16,10 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
 
 
+def test_nothing_is_left_to_fill_in():
+    assert "@@" not in README
+
+
 def test_the_python_runs(monkeypatch):
     monkeypatch.chdir(ROOT)
     names = {}

@@ -16,10 +16,10 @@ _PRESETS = {
     "emoji-mini": {
         "hidden_size": 256,
         "num_hidden_layers": 8,
-        "num_attention_heads": 8,
+        "num_attention_heads": 4,
         "text_length": 32,
-        "text_vocab_size": 2048,
-        "image_grid_size": 8,
+        "text_vocab_size": 3072,
+        "image_grid_size": 12,
         "image_vocab_size": 1024,
         "attention_types": ["full"] * 8,
     },
