@@ -19,7 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import yaml
+from hub_metadata import find_faults
 from hub_xet import XetStore
 
 
@@ -115,6 +115,7 @@ class HubServer:
     def __init__(self):
         self.repositories: dict[str, Repository] = {}
         self.lfs_objects: dict[str, bytes] = {}
+        self.has_stored = threading.Event()  # a first object over LFS, whole
         self.xet = XetStore()
         self.requests: list[tuple[str, str, str | None]] = []  # method, path, token
         self.cuts: list[Cut] = []
@@ -255,13 +256,14 @@ class Handler(BaseHTTPRequestHandler):
         if self.user != owner or self.role != "write":
             raise Refusal(403, f"You don't have the rights to write under the namespace {owner}")
 
-    def open(self, name: str, do_write: bool = False) -> Repository:
+    def open(self, name: str, do_write: bool = False, is_request: bool = False) -> Repository:
+        """The repository, if this user may see it, and write to it or at least open a pull request."""
         repository = self.hub.repositories.get(name)
         owner = name.split("/")[0]
         if repository is None or (repository.private and self.user != owner):
             raise Refusal(401 if self.user is None else 404, "Repository not found", "RepoNotFound")
         if do_write:
-            self.check_write(owner)
+            self.check_write(self.user if is_request else owner)
         return repository
 
     def whoami(self, body):
@@ -293,13 +295,9 @@ class Handler(BaseHTTPRequestHandler):
         block = re.match(r"---\s*\n(.*?)\n---\s*\n", content, re.DOTALL)
         if block is None:
             return 200, {"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]}
-        try:
-            metadata = yaml.safe_load(block.group(1))
-            unknown = None if isinstance(metadata, dict) else "metadata must be a mapping"
-        except yaml.YAMLError as error:
-            unknown = str(error)
-        if unknown:
-            return 400, {"error": "Invalid metadata", "errors": [{"message": unknown}], "warnings": []}
+        if faults := find_faults(block.group(1)):
+            errors = [{"message": fault} for fault in faults]
+            return 400, {"error": "Invalid metadata", "errors": errors, "warnings": []}
         return 200, {"errors": [], "warnings": []}
 
     def create_ref(self, body, name, kind, revision):
@@ -314,7 +312,7 @@ class Handler(BaseHTTPRequestHandler):
         return 200, {}
 
     def preupload(self, body, name, revision):
-        repository = self.open(name, do_write="create_pr" not in self.query)
+        repository = self.open(name, do_write=True, is_request="create_pr" in self.query)
         known = repository.commits[repository.resolve(revision)]["files"]
         files = []
         for about in json.loads(body)["files"]:
@@ -325,7 +323,7 @@ class Handler(BaseHTTPRequestHandler):
         return 200, {"files": files, "commitOid": repository.resolve(revision)}
 
     def lfs_batch(self, body, name):
-        self.open(name, do_write=True)
+        self.open(name, do_write=True, is_request=True)  # what it is for, the client does not say
         objects = []
         for wanted in json.loads(body)["objects"]:
             if wanted["oid"] not in self.hub.lfs_objects:
@@ -337,15 +335,16 @@ class Handler(BaseHTTPRequestHandler):
         if hashlib.sha256(body).hexdigest() != oid:
             raise Refusal(422, "The content does not have this sha256")
         self.hub.lfs_objects[oid] = body
+        self.hub.has_stored.set()
         return (200,)
 
     def xet_token(self, body, name, revision):
-        self.open(name, do_write=True)
+        self.open(name, do_write=True, is_request="create_pr" in self.query)
         return 200, {"casUrl": self.hub.xet.url, "accessToken": "xet", "exp": int(time.time()) + 3600}
 
     def commit(self, body, name, revision):
         is_request = "create_pr" in self.query
-        repository = self.open(name, do_write=not is_request)
+        repository = self.open(name, do_write=True, is_request=is_request)
         files = dict(repository.commits[repository.resolve(revision)]["files"])
         for line in body.decode().splitlines():
             item = json.loads(line)
@@ -425,7 +424,8 @@ class Handler(BaseHTTPRequestHandler):
 
 def client_environment(hub: HubServer, home: Path, token: str | None = "hf_write", **changes: str) -> dict[str, str]:
     """What a process needs to take this server for the Hub, with an empty cache in `home`."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    kept |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost")
     tokens = {"HF_TOKEN": token} if token is not None else {}
     settings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "PYTHONPATH": str(SRC)}
     return {**kept, **settings, "HF_HUB_DISABLE_TELEMETRY": "1", **tokens, **changes}

@@ -1,13 +1,14 @@
 """Measuring a checkpoint, end to end on a tiny one: the judge, what is written, what is logged before it is seen."""
 
-import csv
 import json
 import re
 import sys
 
+import copies
 import datasets
 import evaluate
 import judge
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,6 +17,7 @@ from PIL import Image
 from tiny import build_pipeline
 from tiny_training import COLOURS, ROOT, draw_picture, write_parquet
 
+from hf_dalle.data import load_rows
 from hf_dalle.metrics import rank_concepts
 
 
@@ -61,22 +63,22 @@ def home(tmp_path_factory):
     return folder
 
 
-def measure(home, output_dir, **settings):
+def measure(home, folder, **settings):
     """Runs evaluate.py on the home's checkpoint; gives the report."""
     settings = {
         "name": "tiny",
         "checkpoint": str(home / "checkpoint"),
         "data_dir": str(home / "data"),
-        "output_dir": str(output_dir),
+        "output_dir": str(folder),
         "cache_dir": str(home / "data" / ".judge"),
         "num_train_pictures": 4,
         **settings,
     }
-    output_dir.mkdir(parents=True, exist_ok=True)
-    path = output_dir / "config.yaml"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(settings))
     evaluate.main([str(path)])
-    return json.loads((output_dir / "report.json").read_text())
+    return json.loads((folder / "report.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -316,30 +318,104 @@ def test_a_mistake_found_first_is_not_logged(home, tmp_path):
         "There is no": {"prior_config": str(home / "prior.yaml"), "prior_run": str(tmp_path)},
         "expected different ones": {"splits": ["test_style", "test_style"]},
         "Did you mean `checkpoint`": {"checkpont": "x"},
+        "`splits` is empty": {"splits": []},
+        "exists": {"output_dir": str(tmp_path / "file")},
     }
+    (tmp_path / "file").touch()
     for words, settings in mistakes.items():
         settings = {"splits": ["test_style"], "evaluation_log": str(log), **settings}
         with pytest.raises((ValueError, OSError), match=words):
             measure(home, tmp_path / "out", **settings)
     with pytest.raises(ValueError, match="`evaluation_log` is missing"):
         measure(home, tmp_path / "out", splits=["test_style"])
+    new = {"hexcode": "new"}
+    unjudgeable = {
+        "'test_style' cannot be judged: No picture to judge by has the concept 'new'": [{}, new],
+        "'test_style' cannot be judged: No picture to judge by has the style 'new'": [{"style": "new"}],
+        "'test_style' cannot be judged: 1 pictures cannot be ranked": [new],
+    }
+    data = write_emoji(tmp_path / "data")
+    for words, changes in unjudgeable.items():
+        write_parquet(data / "test_style.parquet", [{**make_row(CONCEPTS[1], "dark"), **change} for change in changes])
+        with pytest.raises(ValueError, match=words):
+            measure(home, tmp_path / "out", data_dir=str(data), splits=["test_style"], evaluation_log=str(log))
     assert not log.exists()
 
 
-def test_a_fold_is_measured_as_pictures_never_seen(home, tmp_path):
+def write_noise(path):
+    """Six concepts in three styles, of which the pictures show nothing: only what has seen them knows them."""
+    generator = np.random.default_rng(0)
+    pictures = [Image.fromarray(generator.integers(256, size=(16, 16, 3), dtype=np.uint8)) for _ in range(18)]
+    names = [(f"concept {number}", style) for number in range(6) for style in STYLES]
+    rows = [
+        {"image": picture, "captions": [f"{style} {concept}"], "hexcode": concept, "style": style}
+        for picture, (concept, style) in zip(pictures, names, strict=True)
+    ]
+    write_parquet(path, rows)
+    return names
+
+
+def test_the_judge_of_a_report_has_not_seen_what_it_judges(home, tmp_path):
+    data, fold_file = tmp_path / "data", tmp_path / "fold.csv"
+    names, fold = write_noise(data / "train.parquet"), [1, 3, 8, 13]
+    fold_file.write_text("hexcode,style\n" + "".join(f"{names[row][0]},{names[row][1]}\n" for row in fold))
+    settings = {"splits": ["train"], "fold_file": str(fold_file), "num_train_pictures": 6, "seed": 1}
+    settings |= {"data_dir": str(data), "cache_dir": str(data)}
+    report = measure(home, tmp_path / "out", **settings)
+    train = load_rows(str(data))
+    sample = evaluate.choose_sample(train, 6, 1, left_out=fold)
+    assert report["splits"]["fold"]["num_pictures"] == 4 and report["splits"]["train"]["num_pictures"] == 6
+    features = judge.reference_features(judge.load_judge(), train, 32, data)
+
+    def score(rows, own, **seen):
+        concepts, styles = zip(*names, strict=True)
+        of_rows = [concepts[row] for row in rows], [styles[row] for row in rows]
+        return judge.Judge(features, concepts, styles, **seen).score(features[rows], *of_rows, own=own, seed=1)
+
+    real = {name: measured["sides"]["32"]["real"] for name, measured in report["splits"].items()}
+    apart = {"left_out": fold, "without_probe": sample}
+    assert real == {"fold": score(fold, None, **apart), "train": score(sample, sample, **apart)}
+    # wired otherwise the figures would be others
+    seen = score(fold, None, without_probe=sample)
+    assert all(real["fold"][name] != seen[name] for name in ("recall@1", "style"))
+    assert real["train"]["recall@1"] != score(sample, None, **apart)["recall@1"]
+    assert real["train"]["style"] != score(sample, sample, left_out=fold)["style"]
+
+
+def test_a_fold_file_that_does_not_fit_is_refused(home, tmp_path):
     fold = tmp_path / "fold.csv"
-    with fold.open("w", newline="") as file:
-        rows = [["hexcode", "style"], ["-".join(CONCEPTS[3]), "dark"], ["-".join(CONCEPTS[4]), "pale"]]
-        csv.writer(file).writerows(rows)
-    report = measure(home, tmp_path / "out", splits=["train"], fold_file=str(fold), num_train_pictures=8)
-    assert report["splits"]["fold"]["num_pictures"] == 2
-    assert report["splits"]["train"]["num_pictures"] == 8
     fold.write_text("hexcode,style\nunknown,dark\n")
     with pytest.raises(ValueError, match="1 not in train"):
         measure(home, tmp_path / "out", fold_file=str(fold))
     fold.write_text("a,b\n")
     with pytest.raises(ValueError, match="a header hexcode,style"):
         measure(home, tmp_path / "out", fold_file=str(fold))
+
+
+def test_copies_of_training_pictures_are_found(home):
+    pipe, train = evaluate.load_pipeline(str(home / "checkpoint")), load_rows(str(home / "data"))
+    names, fold = list(zip(train["hexcode"][:], train["style"][:], strict=True)), [4]
+    sample = evaluate.choose_sample(train, 8, 0, left_out=fold)
+    whole = evaluate.read_split("train", train, range(len(train)))
+    pixel_values = pipe.image_processor.preprocess(whole.pictures)["pixel_values"]
+    with torch.no_grad():
+        reconstructions = pipe.decode_tokens(pipe.dvae.encode(pixel_values).tokens.flatten(1)).clamp(0, 1)
+    noise = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def measure_drawn(row, drawn):
+        """As if `drawn` had been drawn from the caption of a training row, which is no row of the judge's here."""
+        split = evaluate.Split("drawn", [whole.pictures[row]], ["a caption"], *[[name] for name in names[row]], [-1])
+        made = evaluate.Made(pixel_values[row, None], torch.zeros(1, 16), reconstructions[row, None], drawn)
+        figures, pairs = copies.measure_copies(pipe, train, fold, sample, {"x": split}, {"x": made}, batch_size=5)
+        return figures["x"], pairs["x"][0]
+
+    for row in (0, 7):
+        figures, pair = measure_drawn(row, reconstructions[row, None])
+        assert figures["share"] == 1 and pair.distance == pytest.approx(0, abs=1e-5)
+        assert pair.nearest.tobytes() == whole.pictures[row].tobytes()
+        assert measure_drawn(row, noise)[0]["share"] == 0
+    figures, pair = measure_drawn(4, reconstructions[4, None])  # of the fold: it trained nothing
+    assert pair.distance > 0.001 and pair.nearest.tobytes() != whole.pictures[4].tobytes()
 
 
 def test_features_of_training_pictures_are_read_again(home, full):

@@ -172,9 +172,12 @@ def test_a_run_goes_on_from_its_own_checkpoint(home, tmp_path, lora):
     lasting = {"model": DROPOUTS, "checkpoints_total_limit": None, **lora}
     whole = run(build_settings(home, tmp_path / "whole", **lasting))
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
-    resumed = run(
-        build_settings(home, tmp_path / "resumed", **lasting, init_from=str(home / "other"), eval_on_start=True)
-    )
+    other = {"init_from": str(home / "other"), "eval_on_start": True}
+    settings = build_settings(home, tmp_path / "resumed", **lasting)
+    if lora:  # whose base stays what it is: another one would go unused
+        with pytest.raises(ValueError, match="The base of .*checkpoint-2 is not `init_from`: choose another `output_"):
+            run({**settings, **other})
+    resumed = run(settings if lora else {**settings, **other})
     assert list_steps(tmp_path / "resumed") == [2, 4]
     assert [row["step"] for row in resumed] == [3, 4]
     for row, expected in zip(resumed, whole[2:], strict=True):
@@ -275,6 +278,11 @@ def test_lora_without_an_average_and_in_halves(home, tmp_path):
         ),
         ({"init_from": "{home}/checkpoint/prior"}, "`dvae` is missing: {home}/checkpoint/prior is no pipeline but a"),
         ({"output_dir": "{home}/checkpoint"}, "would write over its start"),
+        (
+            {"init_from": "{home}/checkpoint/prior", "output_dir": "{home}/checkpoint", "dvae": "x", "tokenizer": "y"},
+            "would write over its start",
+        ),
+        ({"init_from": "{home}/damaged"}, "`init_from` names {home}/damaged/prior, which cannot be loaded: "),
         ({"model": {"hidden_size": 64}}, "`model` asks for hidden_size 64, but the checkpoint has 32. Leave it out"),
         ({"model": {"attention_types": ["row", "full"]}}, "asks for attention_types"),
         ({"model": {"hiden_dropout": 0.1}}, "unknown key `hiden_dropout`. Did you mean `hidden_dropout`"),
@@ -285,6 +293,9 @@ def test_lora_without_an_average_and_in_halves(home, tmp_path):
 def test_what_is_wrong_is_named_before_any_work(home, tmp_path, changes, words):
     if not (home / "large").exists():
         DalleDVAE(**{**MODEL, "sample_size": 32}).save_pretrained(home / "large")
+        shutil.copytree(home / "checkpoint", home / "damaged")
+        weights = home / "damaged" / "prior" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
     changes = yaml.safe_load(yaml.safe_dump(changes).replace("{home}", str(home)))
     settings = {**build_settings(home, tmp_path / "run"), **changes}
     settings = {name: value for name, value in settings.items() if name != "stage"}

@@ -1,124 +1,37 @@
 """Model cards: whole, parsed back by huggingface_hub, and without a figure that the report does not have.
 
-The report here is made up, in the shape that `evaluate.py` writes.
+The report is that of `tiny_report.py`.
 """
 
 import copy
 import json
 import re
-from pathlib import Path
 
 import pytest
 import render_card
 import yaml
 from arguments import parse_arguments
-from describe_run import describe_model, describe_training
+from describe_run import describe_model, describe_run, describe_training
+from hub_metadata import find_faults
 from hub_server import HubServer, client_environment, run_client
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from PIL import Image
 from prepare_emoji import EMOJI_SETS
-from tiny import build_pipeline
+from safetensors.torch import load_file
+from tiny import build_dvae, build_pipeline
+from tiny_report import CARDS, ROOT, make_facts, make_report, make_split, render
 from tiny_training import VALIDATION, dvae_settings, prior_settings, run, write_data, write_settings
 
 from hf_dalle import DalleDVAE
-from hf_dalle.hub import render_model_card
+from hf_dalle.hub import publish_settings
 
 
-ROOT = Path(__file__).parents[1]
-CARDS = ROOT / "model_cards"
 SECTIONS = [
     *("How to use", "What it draws well, and what not", "Parts", "How it was trained", "Figures"),
     *("How much is copied", "Every evaluation on test pictures", "Experiments", "Intended use", "Limits", "Biases"),
     *("Licence and credit", "How to cite"),
 ]
-
-
-def figure(value):
-    return {"value": value, "low": value - 0.04, "high": value + 0.04}
-
-
-def make_rows(start):
-    """Three rows of figures, none like another."""
-    return {
-        row: {name: figure(start + 0.1 * i + 0.03 * j) for j, name in enumerate(("recall@1", "recall@5", "style"))}
-        for i, row in enumerate(("drawn", "reconstructions", "real"))
-    }
-
-
-def make_split(start, num_pictures):
-    return {
-        "num_pictures": num_pictures,
-        "seed": 7,
-        "sides": {"32": make_rows(start), "64": make_rows(start + 0.011)},
-        "num_concepts": num_pictures * 5,
-        "image_loss": 3 + start,
-        "copies": {
-            "share": start / 9,
-            "share_real": start / 8,
-            "threshold": start / 7,
-            "num_pictures": num_pictures - 1,
-        },
-    }
-
-
-def make_report():
-    prior = {"num_hidden_layers": 6, "hidden_size": 192, "num_attention_heads": 3, "text_length": 24}
-    prior |= {"image_grid_size": 12, "image_vocab_size": 777, "text_vocab_size": 1999}
-    prior |= {"attention_types": ["full", "row", "row", "full", "conv", "full"]}
-    dvae = {"quantizer": "gumbel", "sample_size": 96, "vocab_size": 777, "patch_size": 2, "layers_per_block": 3}
-    dvae |= {"encoder_block_out_channels": [61, 122], "decoder_block_out_channels": [123, 62]}
-    captions = ["a noto style emoji of kite", 'a flat fluent style emoji of "TOP" arrow']
-    dvae_settings = {"stage": "dvae", "output_dir": "/home/someone/runs/x", "learning_rate": 0.00213, "seed": 5}
-    prior_settings = {"stage": "prior", "dvae": "/home/someone/runs/x", "train_batch_size": 48, "hub_token": "hf_x"}
-    runs = {
-        "dvae": {"settings": dvae_settings, "updates": 4321, "pictures": 138272, "hours": 0.61},
-        "prior": {"settings": prior_settings, "updates": 9876, "pictures": 474048, "hours": 5.83},
-    }
-    runs["dvae"]["final"] = {"loss": -1.37, "train_perplexity": 401.3, "validation_psnr": 21.7}
-    runs["prior"]["final"] = {"image_loss": 2.51, "loss": 2.29, "validation_image_loss": 2.77}
-    return {
-        "name": "emoji-mini",
-        "evaluated": "2031-02-03",
-        "model": {
-            "num_parameters": {"prior": 6543210, "dvae": 2345678},
-            "size_in_bytes": 17654321,
-            "prior": prior,
-            "dvae": dvae,
-            "generation": {"guidance_scale": 2.5, "temperature": 0.93, "top_k": 17, "top_p": 0.98},
-        },
-        "samples": {"prompts": captions, "num_images": 6, "seed": 3},
-        "training": runs,
-        "data": {"splits": {"train": 7559, "validation": 69, "test_style": 302, "test_compose": 124}},
-        "judge": {"name": "SomeNet, weights of some-net 0.1.0", "sides": [32, 64]},
-        "dvae": {
-            split: {"num_pictures": n, "psnr": figure(20 + n / 100), "perplexity": 300.0 + n, "vocab_size": 777}
-            for split, n in (("validation", 69), ("test_style", 302), ("test_compose", 124))
-        },
-        "splits": {
-            "train": make_split(0.313, 301),
-            "test_style": make_split(0.227, 302),
-            "test_compose": make_split(0.171, 124),
-        },
-        "runs": [
-            {"date": "2031-01-01", "checkpoint": "0123456789ab", "splits": ["test_style"], "seed": 11},
-            {"date": "2031-02-03", "checkpoint": "ba9876543210", "splits": ["test_style", "test_compose"], "seed": 13},
-        ],
-        "pictures": {
-            **{name: f"{name}.png" for name in ("samples", "reconstructions", "nearest", "train", "test_style")},
-            "curve": "training.png",
-        },
-    }
-
-
-def make_facts():
-    facts = render_card.read_facts(CARDS / "emoji-mini" / "facts.yaml")
-    facts["experiments"] = {"text": "On validation.", "columns": ["tried", "found"], "rows": [["a | b", "worse"]]}
-    return facts
-
-
-def render(report, facts=None, **kwargs):
-    return render_model_card(report, render_card.TEMPLATE, facts, **kwargs)
 
 
 def list_headings(card):
@@ -315,7 +228,7 @@ def test_a_run_of_the_dvae_gets_a_card_of_a_dvae(tmp_path, monkeypatch):
     assert card.text.startswith("\n# my-dvae\n") and card.data.pipeline_tag is None and card.data.license is None
     assert card.data.eval_results is None and str(ModelCard(str(card))) == str(card)
     assert f"| validation: PSNR of reconstructions, dB | {log[-1]['validation_psnr']:.2f} |" in card.text
-    assert "6 updates, 96 pictures seen, 1 minutes" in card.text and str(tmp_path) not in str(card)
+    assert "6 updates, 96 pictures seen, 1 minute." in card.text and str(tmp_path) not in str(card)
     assert render_card.list_pictures(card) == ["validation/reconstructions-0000006.png"]
     assert all((tmp_path / "mine" / name).is_file() for name in render_card.list_pictures(card))
     dvae = DalleDVAE.from_pretrained(tmp_path / "mine")
@@ -365,17 +278,70 @@ def test_a_run_that_trained_adapters_says_what_they_belong_to():
     settings = {"init_from": "me/emoji-mini", "lora_rank": 8, "dataset_name": "me/drawings"}
     card = render({"training": {"prior": {"settings": settings, "updates": 5}}}, model_id="me/style")
     assert 'from_pretrained("me/emoji-mini")\npipe.load_lora_weights("me/style")' in card.text
+    assert card.data.base_model == "me/emoji-mini"
     assert "lora" in card.data.tags and card.data.datasets == ["me/drawings"]
     assert list_headings(card) == ["How to use", "How it was trained", "How to cite"]
     assert "From `me/emoji-mini`, low-rank adapters alone." in card.text
 
 
+def test_a_start_in_a_folder_is_no_repository(tmp_path, monkeypatch):
+    """A relative path is told as it is, an absolute one not at all; its last part alone would name a repository."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "emoji").mkdir(parents=True)
+    for start in ("mine/emoji", str(tmp_path / "mine" / "emoji"), "C:\\models\\emoji", "~/emoji"):
+        settings = publish_settings({"init_from": start, "lora_rank": 8})
+        card = render({"training": {"prior": {"settings": settings}}}, model_id="me/style")
+        is_told = start == "mine/emoji"
+        assert card.data.base_model is None and str(tmp_path) not in str(card)
+        code = "mine/emoji" if is_told else "the checkpoint it was trained from"
+        assert f'DALLEPipeline.from_pretrained("{code}")\npipe.load_lora_weights' in card.text
+        assert f"From {'`mine/emoji`' if is_told else 'a checkpoint in a folder'}, low-rank adapters" in card.text
+
+
+def test_parameters_are_counted_once_and_with_the_codes(tmp_path):
+    dvae = build_dvae(quantizer="nearest", codebook_dim=4)
+    dvae.save_pretrained(tmp_path)
+    assert any("ema_" in name for name in load_file(tmp_path / "diffusion_pytorch_model.safetensors"))
+    expected = {"dvae": dvae.num_parameters() + dvae.codebook.codes.numel()}
+    assert describe_model(tmp_path)["num_parameters"] == expected
+    size = describe_model(tmp_path)["size_in_bytes"]
+    dvae.half().save_pretrained(tmp_path, variant="fp16")
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    described = describe_model(tmp_path)
+    assert described["num_parameters"] == expected
+    assert described["size_in_bytes"] == sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) > size
+
+
+def test_a_report_has_no_token_and_no_folder_of_the_machine(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n')
+    settings = {"stage": "prior", "hub_token": "hf_secret", "hub_model_id": "me/x", "dvae": str(tmp_path / "dvae")}
+    settings |= {"output_dir": "runs/x", "train_batch_size": 4, "tokenizer": "runs/tokenizer"}
+    described = describe_run(settings, tmp_path / "metrics.jsonl")
+    shown = {"stage": "prior", "dvae": "dvae", "train_batch_size": 4, "tokenizer": "runs/tokenizer"}
+    assert described["settings"] == shown and described["pictures"] == 12
+
+
 @pytest.mark.slow
-def test_the_hub_takes_the_card(tmp_path):
+def test_the_hub_takes_the_metadata_of_the_card(tmp_path):
     (tmp_path / "README.md").write_text(str(render(make_report(), make_facts())))
     with HubServer() as hub:
         script = "import sys; from huggingface_hub import ModelCard; ModelCard.load(sys.argv[1]).validate()"
         run_client(script, client_environment(hub, tmp_path / "home"), tmp_path / "README.md")
+
+
+def test_metadata_that_the_hub_would_not_take_is_found():
+    data = yaml.safe_load(render(make_report(), make_facts()).data.to_yaml())
+    assert find_faults(yaml.safe_dump(data)) == []
+    wrong = {"license": "mine", "base_model": "/home/x/y", "datasets": ["a b"], "tags": "emoji", "pipeline_tag": "art"}
+    for name, value in wrong.items():
+        (fault,) = find_faults(yaml.safe_dump({**data, name: value}))
+        assert f'"{name}"' in fault
+    for place, name in (("task", "type"), ("dataset", "name")):
+        changed = copy.deepcopy(data)
+        del changed["model-index"][0]["results"][0][place][name]
+        assert len(find_faults(yaml.safe_dump(changed))) == 1
+    del (changed := copy.deepcopy(data))["model-index"][0]["results"][0]["metrics"][0]["value"]
+    assert len(find_faults(yaml.safe_dump(changed))) == 1
 
 
 # ------------------------------------------------------------------------------------------------------ the command
@@ -435,6 +401,37 @@ def test_facts_that_lack_something_are_refused_by_name(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"facts\.yaml (is not valid YAML|must hold)"):
             render_card.read_facts(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("data_set", "emoji", "`data_set` must be `key: value` lines; got 'emoji'"),
+        ("data_set", {"id": "emoji"}, "lacks `name` of `data_set`"),
+        ("data_sets", ["Noto"], "row 1 of `data_sets` must be `key: value` lines; got 'Noto'"),
+        ("data_sets", {"name": "Noto"}, "`data_sets` must be a list"),
+        ("tags", "emoji", "`tags` must be a list; got 'emoji'"),
+        ("experiments", ["a"], "`experiments` must be `key: value` lines"),
+        ("experiments", {"columns": ["a"], "rows": [3]}, "row 1 of `experiments` must be a list; got 3"),
+        ("experiments", {"columns": ["a"], "rows": 3}, "`rows` of `experiments` must be a list; got 3"),
+    ],
+)
+def test_facts_of_a_wrong_shape_are_refused_by_name(tmp_path, name, value, words):
+    (tmp_path / "facts.yaml").write_text(yaml.safe_dump({**make_facts(), name: value}))
+    with pytest.raises(ValueError, match=re.escape(words)):
+        render_card.read_facts(tmp_path / "facts.yaml")
+
+
+@pytest.mark.parametrize("facts", [{"data_set": "emoji"}, {"data_set": {"id": "x"}}, {"data_sets": ["Noto"]}])
+def test_facts_that_do_not_fit_are_one_line(facts):
+    with pytest.raises(ValueError, match="The card cannot be rendered by") as caught:
+        render(make_report(), facts)
+    assert "\n" not in str(caught.value)
+
+
+def test_facts_get_at_nothing_but_values():
+    with pytest.raises(ValueError, match=r"cannot be rendered by .* unsafe"):
+        render(make_report(), {"summary": "{{ ''.__class__.__mro__ }}"})
 
 
 def test_every_committed_card_is_what_rendering_gives():

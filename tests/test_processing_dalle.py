@@ -79,6 +79,8 @@ def test_a_caption_that_is_cut_is_quoted(processor, caplog):
         ({}, "got neither"),
         ({"text": []}, "no captions"),
         ({"text": [3]}, "must be a string"),
+        ({"text": [], "padding": True}, "no captions"),
+        ({"text": [3], "max_length": 4}, "must be a string"),
         ({"images": Image.new("F", (4, 4))}, "no range of its own"),
         ({"text": "a", "return_tensors": "tf"}, "'tf'; tensors come as 'pt' or 'np'"),
     ],

@@ -5,7 +5,6 @@ at, and completes it.
 """
 
 import json
-import os
 import subprocess
 import sys
 
@@ -26,7 +25,7 @@ from tiny_training import (
 )
 
 from hf_dalle import DalleDVAE, DALLEPipeline
-from hf_dalle.publishing import _kind_of_weights, list_files, read_card
+from hf_dalle.publishing import list_files
 
 
 CARD = """---
@@ -60,12 +59,16 @@ def refusal(call):
         return f"{type(error).__name__}: {error}"
 """
 PUSHES = """
-folder, scratch, killed = sys.argv[2:]
+import os, pathlib, shutil
+from diffusers import DiffusionPipeline
+
+folder, scratch, killed, broken = sys.argv[2:]
 pipe, other = build_pipeline(), build_pipeline(seed=1)
 with_card = DALLEPipeline.from_pretrained(folder)
 seen = {
-    "no token": refusal(lambda: pipe.push_to_hub("me/refused", token="hf_wrong")),
+    "wrong token": refusal(lambda: pipe.push_to_hub("me/refused", token="hf_wrong")),
     "read token": refusal(lambda: pipe.push_to_hub("me/emoji-mini", token="hf_read")),
+    "pickles": refusal(lambda: pipe.push_to_hub("me/refused", safe_serialization=False)),
     "stranger": refusal(lambda: pipe.push_to_hub("stranger/emoji")),
     "bad name": refusal(lambda: pipe.push_to_hub("me/emoji mini")),
     "plain": str(pipe.push_to_hub("plain")),
@@ -73,10 +76,26 @@ seen = {
     "twice": str(with_card.push_to_hub("me/emoji-mini", commit_message="Again")),
     "variant": str(other.push_to_hub("me/emoji-mini", variant="fp16", commit_message="Halves")),
     "request": with_card.push_to_hub("me/plain", create_pr=True).pr_url,
+    "request to others": other.push_to_hub("stranger/theirs", create_pr=True).pr_url,
+    "broken card": refusal(lambda: DALLEPipeline.from_pretrained(broken).push_to_hub("me/broken")),
 }
 HfApi().upload_file(path_or_fileobj=b"# Mine", path_in_repo="README.md", repo_id="me/plain")
 pipe.push_to_hub("me/plain", max_shard_size="100KB")
 other.save_pretrained(f"{scratch}/saved", push_to_hub=True, repo_id="me/saved", token="hf_write")
+refused = {"push_to_hub": True, "repo_id": "me/saved"}
+seen["only read"] = refusal(lambda: pipe.save_pretrained(f"{scratch}/refused", token="hf_read", **refused))
+pickles = {**refused, "safe_serialization": False}
+seen["saved pickles"] = refusal(lambda: pipe.save_pretrained(f"{scratch}/refused", **pickles))
+token = os.environ.pop("HF_TOKEN")
+seen["no token"] = refusal(lambda: pipe.save_pretrained(f"{scratch}/refused", **refused))
+os.environ["HF_TOKEN"] = token
+seen["refused is saved"] = pathlib.Path(f"{scratch}/refused").exists()
+shutil.copytree(folder, f"{scratch}/stranger/theirs")
+os.chdir(scratch)
+gone = DiffusionPipeline.from_pretrained("stranger/theirs")
+os.chdir(folder)
+shutil.rmtree(f"{scratch}/stranger")
+gone.push_to_hub("me/gone")
 other.push_to_hub("me/cut", commit_message="Before")
 seen["cut"] = refusal(lambda: pipe.push_to_hub("me/cut", commit_message="Cut"))
 seen["cut again"] = pipe.push_to_hub("me/cut", commit_message="Completed")
@@ -106,32 +125,38 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def killed(hub, tmp_path_factory):
     """
-    A push whose process is killed when half of the prior's weights have gone; the dVAE's may have arrived. Gives the
-    folder, the name of the weights that were cut, and what had arrived and was visible by then.
+    A push whose process is killed when half of the prior's weights have gone and the dVAE's have arrived. Gives the
+    folder, the names of both weights, and what had arrived and was visible by then.
     """
     scratch = tmp_path_factory.mktemp("killed")
     folder = scratch / "saved"
     build_pipeline(seed=5).save_pretrained(folder)
-    oid = hub.name_of((folder / "prior" / "model.safetensors").read_bytes())
+    names = ("prior/model.safetensors", "dvae/diffusion_pytorch_model.safetensors")
+    oid, whole = (hub.name_of((folder / name).read_bytes()) for name in names)
+    hub.has_stored.clear()
     cut = Cut("PUT", oid, is_held=True)
     hub.cuts.append(cut)
     push = CLIENT + "DALLEPipeline.from_pretrained(sys.argv[2]).push_to_hub('me/killed')"
     environment = client_environment(hub, scratch / "home", HF_HUB_DISABLE_XET="1")
     process = start_client(push, environment, ROOT / "tests", folder)
-    assert cut.reached.wait(900), process.communicate()
+    assert cut.reached.wait(900) and hub.has_stored.wait(900), process.communicate()
     process.kill()
     process.communicate()
     cut.release.set()
-    return folder, oid, set(hub.lfs_objects), set(hub.files("me/killed"))
+    return folder, oid, whole, set(hub.lfs_objects), set(hub.files("me/killed"))
 
 
 @pytest.fixture(scope="module")
 def seen(hub, folder, killed, tmp_path_factory):
     """The pushes of the first part; one commit is dropped."""
     scratch = tmp_path_factory.mktemp("push")
+    hub.add_folder("stranger/theirs", folder)
+    broken = scratch / "broken"
+    build_pipeline().save_pretrained(broken)
+    (broken / "README.md").write_text("---\ntags: [a, b\nlicense: : mit\n---\n# Words\n")
     hub.cuts.append(Cut("POST", "/me/cut/commit/", num_passed=1))
     environment = client_environment(hub, scratch / "home", HF_HUB_DISABLE_XET="1")
-    return json.loads(run_client(CLIENT + PUSHES, environment, ROOT / "tests", folder, scratch, killed[0]))
+    return json.loads(run_client(CLIENT + PUSHES, environment, ROOT / "tests", folder, scratch, killed[0], broken))
 
 
 def load(hub, name, folder, revision="main", **kwargs):
@@ -178,6 +203,13 @@ def test_the_card_comes_along_with_the_pictures_it_shows(hub, seen, folder):
     assert not any(b"secret" in name.encode() for name in files)
 
 
+def test_a_folder_that_is_gone_is_no_repository(hub, seen):
+    """A relative path looks like the name of a repository; here there is one, with a card."""
+    files = hub.files("me/gone")
+    card = ModelCard(files["README.md"].decode())
+    assert "# gone\n" in card.text and card.data.base_model is None and "samples.png" not in files
+
+
 def test_arguments_of_the_push(hub, seen):
     assert hub.repositories["me/emoji-mini"].private and not hub.repositories["me/plain"].private
     messages = [commit["message"] for commit in hub.repositories["me/emoji-mini"].commits.values()]
@@ -185,6 +217,13 @@ def test_arguments_of_the_push(hub, seen):
     assert seen["twice"] == seen["card"]
     assert seen["request"].endswith("/me/plain/discussions/1")
     assert "samples.png" in hub.files("me/plain", "refs/pr/1") and "samples.png" not in hub.files("me/plain")
+
+
+def test_a_pull_request_to_somebody_elses_repository(hub, seen, folder):
+    assert seen["request to others"].endswith("/stranger/theirs/discussions/1")
+    assert hub.files("stranger/theirs") == {name: path.read_bytes() for name, path in list_files(folder).items()}
+    weights = hub.files("stranger/theirs", "refs/pr/1")["prior/model.safetensors"]
+    assert weights == hub.files("me/saved")["prior/model.safetensors"]
 
 
 def test_a_variant_stands_beside_the_other_weights(hub, seen, tmp_path):
@@ -213,8 +252,13 @@ def test_saving_can_push_too(hub, seen, tmp_path):
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("no token", "(401: Invalid user token.): the token is wrong or expired"),
+        ("wrong token", "(401: Invalid user token.): the token is wrong or expired"),
+        ("no token", "OSError: There is no token for http"),
         ("read token", "(403: You don't have the rights to write"),
+        ("only read", "refused me/saved (403: You don't have the rights to write"),
+        ("pickles", "ValueError: `safe_serialization=False` would save pickles"),
+        ("saved pickles", "ValueError: `safe_serialization=False` would save pickles"),
+        ("broken card", "ValueError: Invalid metadata in README.md."),
         ("stranger", "refused stranger/emoji (403: "),
         ("bad name", "me/emoji mini"),
     ],
@@ -223,6 +267,7 @@ def test_a_refusal_is_one_line(hub, seen, case, words):
     assert words in seen[case] and "\n" not in seen[case]
     assert "hf_w" not in seen[case] and "hf_r" not in seen[case]
     assert "me/refused" not in hub.repositories and "stranger/emoji" not in hub.repositories
+    assert not seen["refused is saved"], "a token that may only read is refused before anything is saved"
 
 
 def test_a_commit_that_is_cut_off_changes_nothing_and_the_next_push_completes_it(hub, seen, tmp_path):
@@ -235,12 +280,10 @@ def test_a_commit_that_is_cut_off_changes_nothing_and_the_next_push_completes_it
 
 
 def test_an_upload_that_is_killed_is_completed_by_the_next_push(hub, killed, seen, tmp_path):
-    folder, oid, arrived, visible = killed
-    assert visible == {".gitattributes"} and oid not in arrived
+    folder, oid, whole, arrived, visible = killed
+    assert visible == {".gitattributes"} and oid not in arrived and whole in arrived
     sent = [path.removeprefix("/lfs/") for method, path, _ in hub.requests if method == "PUT"]
-    assert sent.count(oid) == 2 and {sent.count(other) for other in arrived} <= {1}, (
-        "what had arrived is not sent again"
-    )
+    assert sent.count(oid) == 2 and sent.count(whole) == 1, "what had arrived is not sent again"
     loaded, saved = load(hub, "me/killed", tmp_path), DALLEPipeline.from_pretrained(folder)
     weights = loaded.prior.state_dict()
     assert all(weights[name].equal(value) for name, value in saved.prior.state_dict().items())
@@ -273,12 +316,16 @@ def test_train_pushes_what_it_trained_and_asks_before_it_does(hub, data, tmp_pat
     settings = dvae_settings(data, tmp_path / "my-dvae", **{**VALIDATION, "max_train_steps": 2})
     path = write_settings({**settings, "report_to": "tensorboard"})
     options = f"{path} --push_to_hub --hub_token"
-    lines = [f"{options} hf_wrong", f"{options} hf_write --hub_private_repo"]
+    lines = [f"{options} hf_wrong", f"{options} hf_write --train_data_dir {tmp_path} --hub_model_id me/no-data"]
+    lines.append(f"{options} hf_write --hub_private_repo")
     output = run_client(
         TRAIN, client_environment(hub, tmp_path / "home", token=None), ROOT / "training" / "train.py", *lines
     )
-    refused, published = output.strip().splitlines()
+    refused, no_data, published = output.strip().splitlines()
     assert refused.startswith("exit: train.py: ") and "the token is wrong or expired" in refused
+    assert no_data.startswith("exit: train.py: ") and str(tmp_path) in no_data
+    assert "me/no-data" not in hub.repositories, "without data there is nothing to publish"
+    assert any("/me/my-dvae/xet-write-token/" in path for _, path, _ in hub.requests)
     assert published.startswith(f"Published: {hub.endpoint}/me/my-dvae/commit/")
     files = hub.files("me/my-dvae")
     names = {"config.json", "diffusion_pytorch_model.safetensors", "preprocessor_config.json", "reconstructions.png"}
@@ -331,41 +378,3 @@ def test_a_lost_server_is_one_line_and_the_model_is_on_disk(hub, data, tmp_path)
 def test_settings_of_a_push_without_one_are_refused(data, tmp_path, setting):
     with pytest.raises(ValueError, match="do nothing without `push_to_hub`"):
         run(dvae_settings(data, tmp_path / "x", **{setting: "me/x"}))
-
-
-# --------------------------------------------------------------------------------------------------------- pieces
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("prior/model.safetensors", "prior/model"),
-        ("prior/model-00001-of-00002.safetensors", "prior/model"),
-        ("prior/model.safetensors.index.json", "prior/model"),
-        ("prior/model.fp16.safetensors", "prior/model.fp16"),
-        ("prior/model.fp16-00002-of-00002.safetensors", "prior/model.fp16"),
-        ("prior/model.safetensors.index.fp16.json", "prior/model.fp16"),
-        ("dvae/diffusion_pytorch_model.safetensors", "dvae/diffusion_pytorch_model"),
-        ("prior/config.json", None),
-        ("README.md", None),
-    ],
-)
-def test_kinds_of_weights(name, kind):
-    assert _kind_of_weights(name) == kind
-
-
-def test_files_of_a_folder(tmp_path):
-    for name in ("a.txt", "b/c.txt", ".hidden", ".git/config", "b/.secret", "logs/x/y"):
-        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
-        (tmp_path / name).write_text(name)
-    assert list_files(tmp_path, ignore=["logs/*"]) == {
-        "a.txt": tmp_path / "a.txt",
-        "b/c.txt": tmp_path / "b" / "c.txt",
-    }
-
-
-def test_a_folder_without_a_card_has_none(tmp_path, folder):
-    assert read_card(tmp_path, "me/x") == {}
-    os.symlink(folder.parent / "secret.png", tmp_path / "linked.png")
-    (tmp_path / "README.md").write_text("![Linked](linked.png)")
-    assert set(read_card(tmp_path, "me/x")) == {"README.md"}, "a link out of the folder is not followed"

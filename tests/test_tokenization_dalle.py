@@ -356,6 +356,16 @@ def test_script_names_what_it_cannot_read(tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": ', encoding="utf-8")
     with pytest.raises(ValueError, match="broken.jsonl"):
         collect_captions(str(tmp_path / "broken.jsonl"), ["text"])
+    for line in ("3", "[1]", "null"):
+        (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' + line, encoding="utf-8")
+        with pytest.raises(ValueError, match="rows.jsonl: line 2 is no JSON object"):
+            collect_captions(str(tmp_path / "rows.jsonl"), ["text"])
+    (tmp_path / "long.csv").write_text(f"text\n{'a' * 200_000}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="long.csv: field larger than field limit"):
+        collect_captions(str(tmp_path / "long.csv"), ["text"])
+    (tmp_path / "lines.txt").write_text("one\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="lines.txt: it has a caption a line, no columns"):
+        collect_captions(str(tmp_path / "lines.txt"), ["text", "text_ko"])
     (tmp_path / "picture.png").write_bytes(b"")
     with pytest.raises(ValueError, match="picture.png.*parquet"):
         collect_captions(str(tmp_path / "picture.png"), ["text"])

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from arguments import PriorArguments
+from arguments import DVAEArguments, PriorArguments
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -27,6 +27,7 @@ from tiny_training import (
     run,
     write_parquet,
 )
+from train_dvae import DVAEStage
 from train_prior import PriorStage
 
 from hf_dalle import DalleDVAE, DalleImageProcessor, DALLEPipeline, DallePriorForCausalLM
@@ -79,6 +80,25 @@ def test_the_vq_vae_learns(home, tmp_path):
     assert not {"kl_per_token", "temperature", "kl_weight"} & log[-1].keys()  # a constant, and of no use
     dvae = DalleDVAE.from_pretrained(tmp_path / "run")
     assert not torch.equal(dvae.codebook.codes, DalleDVAE(**model).codebook.codes)
+
+
+def test_unused_codes_are_revived_on_schedule(home):
+    model = {**MODEL, "quantizer": "nearest", "codebook_dim": 8}
+    settings = dvae_settings(home / "data", "nowhere", codebook_revival_share=0.1, codebook_revival_steps=8)
+    settings = {**settings, "model": model, "max_train_steps": 60}
+    stage = DVAEStage(DVAEArguments(**{name: value for name, value in settings.items() if name != "stage"}))
+    count, pixel_values = stage.model.codebook.ema_count, torch.rand(2, 3, 16, 16)
+
+    def is_revived(step):
+        count.fill_(1.0)[:3] = 0.0
+        stage._revive_codes(pixel_values, step)
+        return (count > 0).all().item()
+
+    stage.model.train()
+    # in the last fifth, from update 48 on, never: what comes onto a picture's cell there would end untrained
+    assert [step for step in range(60) if is_revived(step)] == [8, 16, 24, 32, 40]
+    stage.model.eval()
+    assert not is_revived(8)
 
 
 @pytest.mark.parametrize("quantizer", ["gumbel", "nearest"])
@@ -284,6 +304,11 @@ def test_what_is_wrong_with_the_dvae_is_named(home, tmp_path):
             "precompute_image_tokens.py",
             ["--dvae", "nowhere", "--output_dir", "x"],
             "precompute_image_tokens.py: .*nowh",
+        ),
+        (
+            "train_tokenizer.py",
+            ["--train_data", "nowhere", "--output_dir", "x"],
+            "train_tokenizer.py: No captions at 'nowhere'",
         ),
     ],
 )

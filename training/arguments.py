@@ -191,7 +191,7 @@ _RANGES = [
         (
             *("train_batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_train_steps"),
             *("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "logging_steps"),
-            *("num_validation_images", "lora_rank"),
+            *("num_validation_images", "lora_rank", "codebook_revival_steps"),
         ),
     ),
     (
@@ -211,7 +211,10 @@ _RANGES = [
     (
         lambda value: 0 <= value < 1,
         "in [0, 1)",
-        ("adam_beta1", "adam_beta2", "ema_decay", "caption_dropout", "bpe_dropout", "lora_dropout"),
+        (
+            *("adam_beta1", "adam_beta2", "ema_decay", "caption_dropout", "bpe_dropout", "lora_dropout"),
+            "codebook_revival_share",
+        ),
     ),
     (lambda value: 0 <= value <= 1, "in [0, 1]", ("lr_min_ratio",)),
 ]

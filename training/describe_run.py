@@ -13,6 +13,8 @@ from typing import Any
 from arguments import STAGES, TrainArguments
 from safetensors import safe_open
 
+from hf_dalle.hub import publish_settings
+
 
 # Numbers of the log that say how the run went, not what came of it.
 RUNNING_FIGURES = ("step", "lr", "skipped_rows", "grad_norm", "pictures_per_second", "temperature", "kl_weight")
@@ -57,8 +59,8 @@ def describe_run(settings: dict, metrics: Path, num_processes: int = 1) -> dict:
         num_processes (`int`, *optional*, defaults to 1): how many trained together.
 
     Returns:
-        `dict`: the settings; `"updates"`; `"pictures"` seen in them, repeated ones too; `"hours"` of the updates,
-        without validations; the `"final"` value of each figure of the log.
+        `dict`: the settings as [`publish_settings`] leaves them; `"updates"`; `"pictures"` seen in them, repeated ones
+        too; `"hours"` of the updates, without validations; the `"final"` value of each figure of the log.
 
     Raises:
         OSError: if there is no log.
@@ -77,7 +79,7 @@ def describe_run(settings: dict, metrics: Path, num_processes: int = 1) -> dict:
             done = row["step"]
         final |= {name: value for name, value in row.items() if name not in RUNNING_FIGURES}
     return {
-        "settings": settings,
+        "settings": publish_settings(settings),
         "updates": rows[-1]["step"],
         "pictures": rows[-1]["step"] * pictures_an_update,
         "hours": seconds / 3600,
@@ -86,7 +88,13 @@ def describe_run(settings: dict, metrics: Path, num_processes: int = 1) -> dict:
 
 
 def describe_model(folder: Path) -> dict:
-    """Configurations, parameters and bytes of a saved pipeline, or of a dVAE alone; what is not there is left out."""
+    """
+    Configurations, parameters and bytes of a saved pipeline, or of a dVAE alone; what is not there is left out.
+
+    Parameters are counted once, however many variants and shards hold them. The codes of a nearest-neighbour codebook
+    count, though no gradient changes them: decoding needs them. Their moving averages serve training alone and do not.
+    The bytes are those of every file of weights, each variant's too, and of the tokenizer.
+    """
     model = {"num_parameters": {}}
     for part in ("prior", "dvae"):
         path = folder / part / "config.json"
@@ -94,7 +102,7 @@ def describe_model(folder: Path) -> dict:
             path = folder / "config.json"
         if path.is_file():
             model[part] = json.loads(path.read_text(encoding="utf-8"))
-            model["num_parameters"][part] = sum(map(_count_parameters, path.parent.glob("*.safetensors")))
+            model["num_parameters"][part] = _count_parameters(path.parent)
     path = folder / "prior" / "generation_config.json"
     if path.is_file():
         generation = json.loads(path.read_text(encoding="utf-8"))
@@ -118,6 +126,9 @@ def _default(kind: type[TrainArguments], name: str) -> Any:
     return item.default if item.default_factory is MISSING else item.default_factory()
 
 
-def _count_parameters(path: Path) -> int:
-    with safe_open(path, framework="pt") as file:
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+def _count_parameters(folder: Path) -> int:
+    sizes = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            sizes |= {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return sum(size for name, size in sizes.items() if not name.rpartition(".")[2].startswith("ema_"))

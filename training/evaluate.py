@@ -9,6 +9,7 @@ import datetime
 import hashlib
 import json
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from tqdm.auto import tqdm
 
 from hf_dalle import DALLEPipeline
 from hf_dalle.data import load_rows, open_picture
+from hf_dalle.hub import publish_settings
 from hf_dalle.metrics import bootstrap, perplexity, psnr
 from hf_dalle.sampling import resolve_settings
 from hf_dalle.tokenization_dalle import encode_captions
@@ -76,6 +78,8 @@ class EvaluateArguments:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; expected a number from 1.")
         if len(set(self.splits)) < len(self.splits) or "fold" in self.splits:
             raise ValueError(f"`splits` is {self.splits}; expected different ones, and `fold_file` for a fold.")
+        if not self.splits and self.fold_file is None:
+            raise ValueError("`splits` is empty and there is no `fold_file`: there is nothing to measure.")
         if self.test_splits and self.evaluation_log is None:
             raise ValueError(f"`evaluation_log` is missing, but {self.test_splits[0]} is measured: runs are logged.")
         for stage in ("dvae", "prior"):
@@ -130,6 +134,10 @@ def main(argv: list[str]) -> None:
     references = {side: reference_features(network, train, side, cache_dir) for side in SIDES}
     concepts, styles = train["hexcode"][:], train["style"][:]
     judges = {side: Judge(references[side], concepts, styles, fold, without_probe=sample) for side in SIDES}
+    named = {name: rows.select(sample) if name == "train" else rows for name, rows in sources.items()}
+    check_judgeable(judges[SIDES[0]], {**named, "fold": train.select(fold)} if fold else named, {"train": sample})
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=args.output_dir).close()  # a folder that takes no files is found now
     runs = log_run(args)
 
     splits = {name: read_split(name, rows, sample if name == "train" else None) for name, rows in sources.items()}
@@ -185,7 +193,8 @@ def describe_stages(args: EvaluateArguments) -> dict:
         if settings.get("stage") != stage:
             raise ValueError(f"`{stage}_config` is {config}, which says `stage: {settings.get('stage')}`.")
         run = getattr(args, f"{stage}_run")
-        stages[stage] = describe_run(settings, Path(run) / "metrics.jsonl") if run else {"settings": settings}
+        without_run = {"settings": publish_settings(settings)}
+        stages[stage] = describe_run(settings, Path(run) / "metrics.jsonl") if run else without_run
     return stages
 
 
@@ -194,6 +203,16 @@ def check_columns(rows: datasets.Dataset, split: str) -> None:
     for column in ("image", "captions", "hexcode", "style"):
         if column not in rows.column_names:
             raise ValueError(f"Split {split!r} has no column {column!r}; it has {sorted(rows.column_names)}.")
+
+
+def check_judgeable(judge: Judge, splits: dict[str, datasets.Dataset], own: dict[str, Sequence[int]]) -> None:
+    """Refuses a split with a concept or style that the judge has nothing to tell by: it judges blank features."""
+    for name, rows in splits.items():
+        blank = torch.zeros(len(rows), len(judge.mean))
+        try:
+            judge.judge(blank, rows["hexcode"][:], rows["style"][:], own=own.get(name), real=blank)
+        except ValueError as error:
+            raise ValueError(f"Split {name!r} cannot be judged: {error}") from error
 
 
 def read_fold(path: str, train: datasets.Dataset) -> list[int]:

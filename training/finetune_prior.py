@@ -11,6 +11,7 @@ import torch
 from arguments import PriorArguments, check_names
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from safetensors import SafetensorError
 
 from hf_dalle import DALLEPipeline, DallePriorConfig, DallePriorForCausalLM
 from hf_dalle.lora_dalle import check_peft, collect_adapter, list_linear_layers
@@ -42,8 +43,11 @@ def find_start(args: PriorArguments) -> PriorArguments:
         except (OSError, HFValidationError) as error:
             reason = " ".join(str(error).split())
             raise OSError(f"`init_from` is {args.init_from}, no folder and not to be downloaded: {reason}") from error
-    if folder.resolve() == Path(args.output_dir).resolve():
-        raise ValueError(f"`init_from` and `output_dir` are both {folder}: the run would write over its start.")
+    output_dir = Path(args.output_dir).resolve()
+    if folder.resolve() in (output_dir, output_dir / "prior"):
+        raise ValueError(
+            f"`init_from` is {folder} and `output_dir` {args.output_dir}: the run would write over its start."
+        )
     parts = {"dvae": args.dvae, "tokenizer": args.tokenizer}
     if (folder / "model_index.json").is_file():
         parts = {name: given or str(folder / name) for name, given in parts.items()}
@@ -77,7 +81,7 @@ def load_prior(args: PriorArguments) -> DallePriorForCausalLM:
         return DallePriorForCausalLM.from_pretrained(args.init_from, config=config, dtype=torch.float32)
     except StrictDataclassError as error:
         raise ValueError(f"A value in `model` does not fit: {error}") from error
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise OSError(f"`init_from` names {args.init_from}, which cannot be loaded: {error}") from error
 
 

@@ -89,7 +89,7 @@ def run(args: TrainArguments, accelerator: Accelerator, stage: Stage) -> None:
     ema = EMAModel(parameters, decay=args.ema_decay, foreach=True) if args.use_ema else None
     progress = Progress()
     accelerator.register_for_checkpointing(progress, schedule, *([ema] if ema else []))
-    _resume(args, accelerator, optimizer, schedule, ema, progress)
+    _resume(args, accelerator, model, optimizer, schedule, ema, progress)
     _clean(accelerator, output_dir, progress.step)
     if ema:
         ema.to(accelerator.device)
@@ -289,7 +289,7 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def _resume(args, accelerator, optimizer, schedule, ema, progress):
+def _resume(args, accelerator, model, optimizer, schedule, ema, progress):
     """Loads the checkpoint to go on from, if there is one."""
     found = checkpoints(Path(args.output_dir))
     if args.resume_from_checkpoint == "latest":
@@ -299,7 +299,7 @@ def _resume(args, accelerator, optimizer, schedule, ema, progress):
     if folder is not None:
         if not folder.is_dir():
             raise OSError(f"`resume_from_checkpoint` names {folder}, which is not a folder.")
-        _load(folder, args, accelerator, optimizer, schedule, ema)
+        _load(folder, args, accelerator, model, optimizer, schedule, ema)
         logger.info(f"Going on from {folder}, update {progress.step} of {args.max_train_steps}.")
     if found and _step_of(found[-1]) > progress.step:
         raise ValueError(
@@ -308,7 +308,9 @@ def _resume(args, accelerator, optimizer, schedule, ema, progress):
         )
 
 
-def _load(folder: Path, args, accelerator, optimizer, schedule, ema):
+def _load(folder: Path, args, accelerator, model, optimizer, schedule, ema):
+    # Only LoRA freezes weights; a checkpoint holds them too, and would put its own base in the place of today's.
+    frozen = [(weight, weight.detach().clone()) for weight in model.parameters() if not weight.requires_grad]
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
         accelerator.load_state(str(folder))
@@ -317,6 +319,8 @@ def _load(folder: Path, args, accelerator, optimizer, schedule, ema):
             f"{folder} is damaged, or of a run with another model or other settings: choose another `output_dir`, or"
             f" name another checkpoint in `resume_from_checkpoint`. ({str(error)[:300]})"
         ) from error
+    if not all(torch.equal(weight, today) for weight, today in frozen):
+        raise ValueError(f"The base of {folder} is not `init_from`: choose another `output_dir`.")
     # A checkpoint brings the optimizer's settings of its day; those of today hold.
     schedule.base_lrs = [group["initial_lr"] for group in settings]
     for group, today, ratio in zip(optimizer.param_groups, settings, schedule.lr_lambdas, strict=True):

@@ -94,7 +94,9 @@ def read_facts(path: Path) -> dict:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(facts, dict):
         raise ValueError(f"{path} must hold `key: value` lines; got {type(facts).__name__}.")
+    _check_shapes(facts, path)
     missing = [f"`{name}`" for name in REQUIRED_FACTS if not facts.get(name)]
+    missing += [f"`{name}` of `data_set`" for name in ("id", "name") if not (facts.get("data_set") or {}).get(name)]
     for number, row in enumerate(facts.get("data_sets") or [], start=1):
         absent = [name for name in DATA_SET_COLUMNS if not row.get(name)]
         missing += [f"`{name}` of data set {number} ({row.get('name', 'no name')})" for name in absent]
@@ -106,6 +108,24 @@ def read_facts(path: Path) -> dict:
     if missing:
         raise ValueError(f"{path} is not complete. It lacks {', '.join(missing)}.")
     return facts
+
+
+def _check_shapes(facts: dict, path: Path) -> None:
+    """Raises a `ValueError` for a fact that is not of the kind that the card goes through."""
+    experiments = facts.get("experiments") or {}
+    kinds = [("`data_set`", facts.get("data_set"), dict), ("`tags`", facts.get("tags"), list)]
+    kinds += [("`data_sets`", facts.get("data_sets"), list), ("`experiments`", experiments, dict)]
+    if isinstance(facts.get("data_sets"), list):
+        kinds += [(f"row {i} of `data_sets`", row, dict) for i, row in enumerate(facts["data_sets"], start=1)]
+    if isinstance(experiments, dict):
+        columns, rows = (experiments.get(name) or [] for name in ("columns", "rows"))
+        kinds += [("`columns` of `experiments`", columns, list), ("`rows` of `experiments`", rows, list)]
+        if isinstance(rows, list):
+            kinds += [(f"row {i} of `experiments`", row, list) for i, row in enumerate(rows, start=1)]
+    for what, value, kind in kinds:
+        if value is not None and not isinstance(value, kind):
+            words = "`key: value` lines" if kind is dict else "a list"
+            raise ValueError(f"{path}: {what} must be {words}; got {value!r}.")
 
 
 def list_pictures(card: ModelCard) -> list[str]:

@@ -1,6 +1,7 @@
 """Writes what `evaluate.py` measured: report.json, report.md for a reader, and the grids and curves as PNG files.
 
-Each picture stays below `MAX_BYTES`. Nothing is measured here, and a model's card is made by `render_card.py`.
+A grid above `MAX_BYTES` is written in fewer colours. Nothing is measured here, and a model's card is made by
+`render_card.py`.
 """
 
 import json
@@ -104,7 +105,7 @@ def spread(length: int, number: int) -> list[int]:
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """With all colours, or with as many of a palette as fit in `MAX_BYTES`."""
+    """With all colours, or with as many of a palette as fit in `MAX_BYTES`, but 32 whatever their size."""
     image.save(path, optimize=True)
     for num_colours in (256, 128, 64, 32):
         if path.stat().st_size <= MAX_BYTES:

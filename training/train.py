@@ -20,7 +20,7 @@ from arguments import DVAEArguments, TrainArguments, parse_arguments
 from describe_run import describe_training
 
 from hf_dalle.hub import render_model_card
-from hf_dalle.publishing import list_files, prepare_repository, push_files
+from hf_dalle.publishing import check_token, list_files, prepare_repository, push_files
 
 
 # What a run leaves beside the model: to go on from, and to watch it by.
@@ -41,12 +41,14 @@ def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR)
     for name in ("accelerate", "httpx2"):  # they tell of each file of each checkpoint, of each request to the Hub
         logging.getLogger(name).setLevel(logging.WARNING)
-    repo_id = None
-    if args.push_to_hub and accelerator.is_main_process:  # asked now: a token that is refused must not cost a training
-        name = args.hub_model_id or Path(args.output_dir).resolve().name
-        repo_id = prepare_repository(name, args.hub_token, private=args.hub_private_repo or None)
+    repo_id, is_pushing = None, args.push_to_hub and accelerator.is_main_process
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    if is_pushing:
+        check_token(name, args.hub_token)
     set_seed(args.seed, device_specific=True)
     stage = train_dvae.DVAEStage(args) if isinstance(args, DVAEArguments) else train_prior.PriorStage(args)
+    if is_pushing:  # a refusal must not cost a training, nor data that cannot be read leave an empty repository
+        repo_id = prepare_repository(name, args.hub_token, private=args.hub_private_repo or None)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     if args.report_to is not None:
         accelerator.init_trackers("hf-dalle", config=_flatten(args))

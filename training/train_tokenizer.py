@@ -11,6 +11,7 @@ import argparse
 import csv
 import glob
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -57,6 +58,8 @@ def read_captions(path: Path, caption_column: str) -> Iterator[str | list[str] |
     elif path.suffix == ".jsonl":
         with path.open(encoding="utf-8") as lines:
             for number, row in enumerate(map(json.loads, lines)):
+                if not isinstance(row, dict):
+                    raise ValueError(f"line {number + 1} is no JSON object")
                 if number == 0:
                     check_column(caption_column, row)
                 yield row.get(caption_column)
@@ -83,12 +86,14 @@ def collect_captions(train_data: str, caption_columns: list[str]) -> tuple[list[
     captions, num_skipped = [], 0
     for path in find_files(train_data):
         try:
+            if path.suffix == ".txt" and len(caption_columns) > 1:
+                raise ValueError("it has a caption a line, no columns: leave out --caption_column")
             for row in zip(*(read_captions(path, column) for column in caption_columns), strict=True):
                 texts = [text for cell in row for text in (cell if isinstance(cell, list) else [cell])]
                 found = [text for text in texts if text not in (None, "")]
                 captions += found
                 num_skipped += not found
-        except ValueError as error:
+        except (ValueError, csv.Error) as error:
             raise ValueError(f"Cannot read captions from {path}: {error}") from error
     return captions, num_skipped
 
@@ -136,4 +141,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"train_tokenizer.py: {error}")

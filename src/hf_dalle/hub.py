@@ -16,7 +16,8 @@ import diffusers
 import jinja2
 from diffusers.pipelines import pipeline_loading_utils, pipeline_utils
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.utils import yaml_dump
+from huggingface_hub.utils import HFValidationError, validate_repo_id, yaml_dump
+from jinja2.sandbox import SandboxedEnvironment
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoProcessor
 from transformers.utils import logging
 
@@ -76,6 +77,7 @@ def _register_with_diffusers() -> None:
 
 # Of a run's settings, those that say where it ran and not what it did.
 UNPUBLISHED_SETTINGS = ("output_dir", "resume_from_checkpoint", "report_to", "evaluation_log", "push_to_hub")
+LOCAL_START = "a checkpoint in a folder"  # an `init_from` that means nothing elsewhere
 
 
 def render_model_card(
@@ -89,7 +91,8 @@ def render_model_card(
             What `training/evaluate.py` writes as report.json, or only its `"name"` and `"training"` part.
         template (`str` or `Path`):
             File of a jinja template. It gets `report`, `facts`, `settings` (of each stage, without folders of the
-            machine), `kind` ("pipeline", "dvae" or "lora"), `name`, `model_id` and `prompts`.
+            machine), `kind` ("pipeline", "dvae" or "lora"), `name`, `model_id`, `prompts` and `local_start`, which
+            stands for an `init_from` that is such a folder.
         facts (`dict`, *optional*):
             What no measurement gives: licence, data sets, uses, limits. Its strings are templates of `report` too.
         model_id (`str`, *optional*):
@@ -109,25 +112,31 @@ def render_model_card(
         context = {
             "report": report,
             "facts": facts,
-            "settings": {stage: _publish(run["settings"]) for stage, run in _list_runs(report) if "settings" in run},
+            "settings": {
+                stage: publish_settings(run["settings"]) for stage, run in _list_runs(report) if "settings" in run
+            },
             "kind": _find_kind(report),
             "name": name,
             "model_id": model_id or facts.get("model_id") or name,
             "prompts": _list_prompts(report),
+            "local_start": LOCAL_START,
         }
         body = _compile(text).render(context)
-    except (jinja2.TemplateError, TypeError, KeyError) as error:
+        metadata = _make_card_data(context)
+    except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"The card cannot be rendered by {template}: {error}. The report and the facts must have what it asks for."
+            f"The card cannot be rendered by {template}: {reason}. The report and the facts must have what it asks"
+            " for."
         ) from error
-    metadata = _make_card_data(context)
     body = re.sub(r"\n{3,}", "\n\n", body.strip())  # missing parts leave empty lines
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n")
 
 
 @lru_cache(maxsize=128)  # most of the time of a card goes into this
 def _compile(text: str) -> jinja2.Template:
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    # Of facts and templates that may be somebody else's, none gets at more than values.
+    environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= _FILTERS
     return environment.from_string(text)
 
@@ -145,15 +154,24 @@ def _list_runs(report: dict) -> list[tuple[str, dict]]:
     return list((report.get("training") or {}).items())
 
 
-def _publish(settings: dict) -> dict:
-    """Settings for anybody's eyes: no token, no name of a repository, of a folder elsewhere its last part alone."""
+def publish_settings(settings: dict) -> dict:
+    """
+    A run's settings for anybody's eyes, as reports and cards show them; doing it again changes nothing.
+
+    Args:
+        settings (`dict`): as the YAML file says them.
+
+    Returns:
+        `dict`: without token, without where the run wrote to and where it is published; of an absolute path the last
+        part alone, or [`LOCAL_START`] where that would read like the name of a repository to start from.
+    """
     shown = {}
     for key, value in settings.items():
         if key in UNPUBLISHED_SETTINGS or key.startswith("hub_"):
             continue
         for path in (PurePosixPath, PureWindowsPath):
             if isinstance(value, str) and (path(value).is_absolute() or value.startswith("~")):
-                value = path(value).name
+                value = path(value).name if key != "init_from" else LOCAL_START
         shown[key] = value
     return shown
 
@@ -189,13 +207,25 @@ def _make_card_data(context: dict) -> ModelCardData:
         library_name="diffusers",
         pipeline_tag=None if kind == "dvae" else "text-to-image",
         tags=tags,
-        base_model=facts.get("base_model"),
+        base_model=facts.get("base_model") or _find_base_model(context["settings"]),
         datasets=facts.get("datasets") or sorted(found) or None,
         metrics=sorted({result.metric_type for result in results}) or None,
         widget=widget if widget and kind != "dvae" else None,
         model_name=context["name"] if results else None,
         eval_results=results or None,
     )
+
+
+def _find_base_model(settings: dict) -> str | None:
+    """The repository that the prior started from."""
+    start = settings.get("prior", {}).get("init_from")
+    if start is None or start == LOCAL_START or Path(start).exists():
+        return None
+    try:
+        validate_repo_id(start)
+    except HFValidationError:
+        return None
+    return start
 
 
 def _names_dataset(run: dict) -> bool:
@@ -253,7 +283,8 @@ def _format_count(number: float | str) -> str:
 
 
 def _format_duration(hours: float) -> str:
-    return f"{hours:.1f} hours" if hours >= 1.5 else f"{max(1, round(60 * hours))} minutes"
+    minutes = max(1, round(60 * hours))
+    return f"{hours:.1f} hours" if hours >= 1.5 else f"{minutes} minute{'s' if minutes > 1 else ''}"
 
 
 _FILTERS = {

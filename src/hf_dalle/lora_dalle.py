@@ -97,7 +97,8 @@ class DalleLoraLoaderMixin(LoraBaseMixin):
         **kwargs,
     ) -> None:
         """
-        Adds an adapter to the prior and makes it the active one, with weight 1. [`set_adapters`] mixes several.
+        Adds an adapter to the prior and makes it the active one, with weight 1; after [`disable_lora`] this enables
+        adapters again. [`set_adapters`] mixes several.
 
         Args:
             pretrained_model_name_or_path_or_dict (`str`, `Path` or `dict`):
@@ -107,7 +108,8 @@ class DalleLoraLoaderMixin(LoraBaseMixin):
 
         Raises:
             OSError: if the file is missing or damaged, or peft is not installed.
-            ValueError: for an adapter of another model or of a kind other than plain LoRA, or a name that is taken.
+            ValueError: for an adapter of another model or of a kind other than plain LoRA, or a name that is taken or
+                that a layer cannot bear; while adapters are fused.
         """
         check_peft()
         self._check_unfused("load an adapter")
@@ -120,8 +122,15 @@ class DalleLoraLoaderMixin(LoraBaseMixin):
         adapter_name = adapter_name or next(name for i in count() if (name := f"default_{i}") not in taken)
         if adapter_name in taken:
             raise ValueError(f"There is an adapter {adapter_name!r} already: pass another `adapter_name`.")
+        if "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+            raise ValueError(
+                f"`adapter_name` is {adapter_name!r}, which torch takes for no name of a module: leave out dots, or"
+                " choose another word."
+            )
         weights = {name.removeprefix(f"{self.prior_name}."): value for name, value in weights.items()}
         ranks = _check_weights(self.prior, weights, source)
+        if any(layer.disable_adapters for layer in _list_layers(self.prior)):
+            self.enable_lora()  # or the new one would act only in layers that no other adapter has
         was_offloaded = self._optionally_disable_offloading(self)
         _add_adapter(self.prior, weights, _make_config(ranks, _own_metadata(metadata)), adapter_name)
         if was_offloaded[0]:
@@ -165,7 +174,7 @@ class DalleLoraLoaderMixin(LoraBaseMixin):
         if is_main_process:
             cls._save_lora_weights(
                 save_directory=save_directory,
-                # copies: an adapter's weights may be views of a larger tensor, which safetensors refuses
+                # safetensors refuses what is not contiguous, such as a transposed matrix
                 lora_layers={cls.prior_name: {name: value.contiguous() for name, value in layers.items()}},
                 lora_metadata={cls.prior_name: metadata},
                 weight_name=weight_name,
@@ -184,14 +193,17 @@ class DalleLoraLoaderMixin(LoraBaseMixin):
             adapter_weights (`float` or `list[float]`, *optional*, defaults to 1): one for all, or one an adapter.
 
         Raises:
+            OSError: if peft is not installed.
             ValueError: for an unknown name, or while adapters are fused.
         """
+        check_peft()
         self._check_names([adapter_names] if isinstance(adapter_names, str) else adapter_names)
         self._check_unfused("weigh adapters")
         super().set_adapters(adapter_names, adapter_weights)
 
     def disable_lora(self) -> None:
         """Lets the prior compute as without adapters until [`enable_lora`]; a `ValueError` while they are fused."""
+        check_peft()
         self._check_unfused("disable adapters")
         super().disable_lora()
 
@@ -200,8 +212,10 @@ class DalleLoraLoaderMixin(LoraBaseMixin):
         Removes adapters; without the last of them the prior is as it was.
 
         Raises:
+            OSError: if peft is not installed.
             ValueError: for an unknown name, or while adapters are fused.
         """
+        check_peft()
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self._check_names(names)
         self._check_unfused("delete adapters")
@@ -227,8 +241,12 @@ class DalleLoraLoaderMixin(LoraBaseMixin):
             adapter_names (`list[str]`, *optional*): become the active ones; by default those that are.
 
         Raises:
-            ValueError: for an unknown name, without adapters, or if some are fused already.
+            OSError: if peft is not installed.
+            ValueError:
+                For an unknown name, without adapters, if some are fused already, or for numbers that are not finite
+                (with `safe_fusing`). What was fused up to then is taken out again.
         """
+        check_peft()
         self._check_unfused("fuse adapters")
         names = list(adapter_names or self.get_active_adapters())
         if not names:
@@ -239,16 +257,24 @@ class DalleLoraLoaderMixin(LoraBaseMixin):
             layer.set_adapter(names)  # another one would go on to act in the layers that these leave alone
             # Diffusers' own scale would reach the active adapters only, and outlast the fusing.
             layer.scaling.update({name: lora_scale * scaling[name] for name in names if name in scaling})
-        super().fuse_lora(components=list(components), safe_fusing=safe_fusing, adapter_names=names)
+        try:
+            super().fuse_lora(components=list(components), safe_fusing=safe_fusing, adapter_names=names)
+        except Exception:
+            self.unfuse_lora()
+            raise
 
     def unfuse_lora(self, components: Sequence[str] = ("prior",)) -> None:
         """Takes fused adapters out of the prior's own weights, exact to rounding, and sets their weights as before."""
-        super().unfuse_lora(components=list(components))
+        check_peft()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already unmerged")  # layers where nothing was fused
+            super().unfuse_lora(components=list(components))
         for layer, scaling in self.__dict__.pop("_unfused_scaling", []):
             layer.scaling.update(scaling)
 
     def unload_lora_weights(self) -> None:
         """Removes all adapters: the prior is as it was, bit for bit; one that is fused keeps what it is fused with."""
+        check_peft()
         super().unload_lora_weights()
         self.__dict__.pop("_unfused_scaling", None)
 
@@ -259,12 +285,15 @@ class DalleLoraLoaderMixin(LoraBaseMixin):
         Raises:
             ValueError: while there are adapters, which transformers would save in the prior's place.
         """
-        if self.get_list_adapters():
+        self._check_no_adapters()
+        super().save_pretrained(save_directory, **kwargs)
+
+    def _check_no_adapters(self) -> None:
+        if getattr(self.prior, "peft_config", None):  # not `get_list_adapters`, which needs peft
             raise ValueError(
                 "There are adapters: save them by `save_lora_weights`, or fuse them (`fuse_lora`) to save a prior with"
                 " them in it; then remove them (`unload_lora_weights`) and save the pipeline."
             )
-        super().save_pretrained(save_directory, **kwargs)
 
     def _check_names(self, names: Sequence[str]) -> None:
         known = self.get_list_adapters().get(self.prior_name, [])
@@ -284,7 +313,7 @@ class DalleLoraLoaderMixin(LoraBaseMixin):
 def check_peft() -> None:
     """Raises an `OSError` that says what to install, where peft is missing."""
     if importlib.util.find_spec("peft") is None:
-        raise OSError("LoRA needs peft, which is not installed: pip install 'hf-dalle[lora]'")
+        raise OSError("LoRA needs peft, which is not installed: pip install 'peft>=0.20'")
 
 
 def collect_adapter(prior: DallePriorForCausalLM) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -43,13 +43,20 @@ class DallePublishingMixin:
     """What a pipeline of parts saves beside them, and how it is published. [`DALLEPipeline`] inherits from it."""
 
     def save_pretrained(
-        self, save_directory: str | Path, push_to_hub: bool = False, do_save_code: bool = False, **kwargs
+        self,
+        save_directory: str | Path,
+        *,
+        safe_serialization: bool = True,
+        push_to_hub: bool = False,
+        do_save_code: bool = False,
+        **kwargs,
     ) -> None:
         """
         As [`DiffusionPipeline.save_pretrained`], with a file that lets `AutoProcessor` load the folder.
 
         Args:
             save_directory (`str` or `Path`): the folder; it is made if it is not there.
+            safe_serialization (`bool`, *optional*, defaults to `True`): weights as safetensors; there is no other way.
             do_save_code (`bool`, *optional*, defaults to `False`):
                 Save this package's code with it: `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` then
                 loads it where the package is not installed. It is needed where the package is, too.
@@ -59,14 +66,16 @@ class DallePublishingMixin:
 
         Raises:
             OSError: if the Hub refuses; of a refused token nothing is saved.
+            ValueError: if `safe_serialization` is `False`, or there are adapters; nothing is saved or made then.
         """
+        _check_format(safe_serialization)
         hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
         folder = Path(save_directory)
         if push_to_hub:
             repo_id = hub.pop("repo_id", folder.resolve().name)
             access = {name: hub[name] for name in ("token", "private", "create_pr") if name in hub}
             repo_id = prepare_repository(repo_id, **access)
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, safe_serialization=True, **kwargs)
         image_processor = {"image_processor": self.image_processor.to_dict(), "processor_class": "DalleProcessor"}
         text = json.dumps(image_processor, indent=2, sort_keys=True) + "\n"
         (folder / PROCESSOR_FILE).write_text(text, encoding="utf-8")
@@ -101,7 +110,7 @@ class DallePublishingMixin:
             private (`bool`, *optional*): whether a new repository is private; an old one stays as it is.
             token (`str`, *optional*): of the Hub, by default the one that `hf auth login` or HF_TOKEN set.
             create_pr (`bool`, *optional*, defaults to `False`): open a pull request instead.
-            safe_serialization (`bool`, *optional*, defaults to `True`): weights as safetensors.
+            safe_serialization (`bool`, *optional*, defaults to `True`): weights as safetensors; there is no other way.
             variant (`str`, *optional*): in the names of the weights, as "fp16", beside those without.
             max_shard_size (`int` or `str`, *optional*): of one file of weights, as "5GB".
             do_save_code (`bool`, *optional*, defaults to `False`): see [`~DallePublishingMixin.save_pretrained`].
@@ -111,12 +120,24 @@ class DallePublishingMixin:
 
         Raises:
             OSError: if the token is refused (nothing is written then), or the upload is cut.
+            ValueError:
+                If `safe_serialization` is `False`, or there are adapters (no repository is made then), or the Hub does
+                not take the card's metadata.
         """
+        _check_format(safe_serialization)
+        self._check_no_adapters()  # saving will, too late: `DalleLoraLoaderMixin` has it
         repo_id = prepare_repository(repo_id, token=token, private=private, create_pr=create_pr)
         with tempfile.TemporaryDirectory(prefix="hf-dalle-") as folder:
             options = {"variant": variant, "max_shard_size": max_shard_size, "do_save_code": do_save_code}
-            self.save_pretrained(folder, safe_serialization=safe_serialization, **options)
+            self.save_pretrained(folder, **options)
             return self._publish(Path(folder), repo_id, commit_message, token, create_pr)
+
+    def register_to_config(self, **kwargs) -> None:
+        """As [`ConfigMixin.register_to_config`]; a folder loaded from stays that one wherever the process goes."""
+        source = kwargs.get("_name_or_path")
+        if source is not None and Path(source).is_dir():
+            kwargs["_name_or_path"] = str(Path(source).resolve())
+        super().register_to_config(**kwargs)
 
     def _save_code(self, folder: Path) -> None:
         # Diffusers runs one file, having copied it and what it imports itself into one flat package,
@@ -161,15 +182,24 @@ class DallePublishingMixin:
     def _find_card(self, repo_id: str, token: str | None) -> dict[str, Path | bytes]:
         """The card and its pictures as files of the repository; nothing where that has a card that stays."""
         source = self.config.get("_name_or_path")
-        if source is not None:
+        # A folder that is gone is none, or a stranger's card would come along.
+        is_repository = source is not None and not Path(source).is_absolute() and not Path(source).exists()
+        if is_repository or (source is not None and Path(source).is_dir()):
             files = read_card(source, repo_id, token)
             if files:
                 return files
         with in_one_line(repo_id):
             if HfApi().file_exists(repo_id, "README.md", token=token):
                 return {}
-        base_model = source if source is not None and source != repo_id and not Path(source).exists() else None
+        base_model = str(source) if is_repository and source != repo_id else None
         return {"README.md": str(make_plain_card(self, repo_id, base_model)).encode()}
+
+
+def _check_format(safe_serialization: bool) -> None:
+    if not safe_serialization:  # transformers would save safetensors all the same, diffusers would not
+        raise ValueError(
+            "`safe_serialization=False` would save pickles, which no `DALLEPipeline` loads: leave it out."
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- the folder
@@ -223,11 +253,20 @@ def read_card(source: str | Path, repo_id: str, token: str | None = None) -> dic
 
     Returns:
         `dict[str, bytes]`: the content of each file; empty if `source` has no card, or cannot be reached.
+
+    Raises:
+        ValueError: if the card is not UTF-8.
     """
     card = _read_file(source, "README.md", token)
     if card is None:
         return {}
-    text = re.sub(r'(Pipeline\.from_pretrained\()"[^"]*"', rf'\g<1>"{repo_id}"', card.decode("utf-8"))
+    try:
+        text = card.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The README.md of {source} is not UTF-8 ({error}): save it as such.") from error
+    if "load_lora_weights" not in text:  # there the pipeline is another one, which the adapter belongs to
+        call = r'(\b(?:DALLE|Diffusion)Pipeline\.from_pretrained\()"[^"]*"'
+        text = re.sub(call, rf'\g<1>"{repo_id}"', text, count=1)
     shown = re.findall(r"!\[[^\]]*\]\(([\w./-]+)\)|^\s*(?:-\s+)?url:\s*['\"]?([\w./-]+)", text, re.MULTILINE)
     pictures = {name: _read_file(source, name, token) for pair in shown for name in pair if name}
     return {"README.md": text.encode(), **{name: data for name, data in pictures.items() if data is not None}}
@@ -273,6 +312,27 @@ def make_plain_card(pipe: Any, repo_id: str, base_model: str | None = None) -> M
 # ------------------------------------------------------------------------------------------------------------- the Hub
 
 
+def check_token(repo_id: str, token: str | None = None) -> None:
+    """
+    Asks the Hub whose token it is; nothing is made.
+
+    Args:
+        repo_id (`str`): what the errors name.
+        token (`str`, *optional*): by default the one that `hf auth login` or HF_TOKEN set.
+
+    Raises:
+        OSError: if there is no token, it is refused, or the Hub is not reached.
+    """
+    with in_one_line(repo_id):
+        try:
+            HfApi().whoami(token=token)
+        except LocalTokenNotFoundError as error:
+            raise OSError(
+                f"There is no token for {constants.ENDPOINT}, which {repo_id} would be published with: run"
+                " `hf auth login`, set HF_TOKEN, or give one."
+            ) from error
+
+
 def prepare_repository(
     repo_id: str, token: str | None = None, private: bool | None = None, create_pr: bool = False
 ) -> str:
@@ -292,15 +352,9 @@ def prepare_repository(
         OSError: if there is no token, it is refused, may not write there, or the Hub is not reached.
         ValueError: if `repo_id` cannot be a name.
     """
+    check_token(repo_id, token)
     api = HfApi()
     with in_one_line(repo_id):
-        try:
-            api.whoami(token=token)
-        except LocalTokenNotFoundError as error:
-            raise OSError(
-                f"There is no token for {constants.ENDPOINT}, which {repo_id} would be published with: run"
-                " `hf auth login`, set HF_TOKEN, or give one."
-            ) from error
         repo_id = api.create_repo(repo_id, token=token, private=private, exist_ok=True).repo_id
         if not create_pr:
             api.auth_check(repo_id, token=token, write=True)
@@ -328,7 +382,8 @@ def push_files(
         `CommitInfo`: a string, the commit's address.
 
     Raises:
-        OSError: if the upload is cut or refused; then nothing of it is visible, and the next push completes it.
+        OSError: if the upload is refused or cut: it is visible as a whole or not at all, and pushed again completed.
+        ValueError: if the Hub does not take the metadata of a README.md among the files.
     """
     api = HfApi()
     with in_one_line(repo_id):
@@ -363,13 +418,17 @@ def in_one_line(repo_id: str) -> Iterator[None]:
             advice = "the token may not write there: it needs the permission, and you the namespace"
         elif status == 404:
             advice = "there is no such repository, or the token may not see it"
+        elif 400 <= status < 500 and status not in (408, 409, 429):
+            advice = "the Hub does not take it as it is"
         else:
-            advice = "nothing of it is visible yet; the same push completes it"
+            advice = "it is visible as a whole or not at all; the same push completes it"
         raise OSError(f"{constants.ENDPOINT} refused {repo_id} ({status}: {said}): {advice}.") from error
     except (httpx.HTTPError, RuntimeError) as error:
         cause = error.__cause__ or error  # an upload's thread wraps what happened to its file
         reason = " ".join(f"{error} {cause if cause is not error else ''}".split()) or type(error).__name__
         raise OSError(
-            f"{constants.ENDPOINT} was not reached, or was cut off, for {repo_id} ({reason}): nothing of it is visible"
-            " yet; the same push completes it."
+            f"{constants.ENDPOINT} was not reached, or was cut off, for {repo_id} ({reason}): it is visible as"
+            " a whole or not at all; the same push completes it."
         ) from error
+    except ValueError as error:  # of a name, or of a card's metadata: a list of faults, one a line
+        raise ValueError(" ".join(str(error).split())) from error
