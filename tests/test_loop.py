@@ -50,7 +50,7 @@ def kill_after(step, running, timeout=120):
 
 
 def build_resumed_settings(stage, home, output_dir):
-    """Runs whose every update draws random numbers: gumbel noise, dropout of states and captions, crops, views."""
+    """Every update draws random numbers: gumbel noise, dropout of states, captions and image tokens, crops, views."""
     settings = {"max_train_steps": 80, "checkpointing_steps": 4, "logging_steps": 3, "validation_split": "validation",
                 "validation_steps": 40, "gradient_accumulation_steps": 2, "resize_range": [1.0, 1.5],
                 "train_batch_size": 5, "dataloader_num_workers": 0}  # fmt: skip
@@ -58,7 +58,8 @@ def build_resumed_settings(stage, home, output_dir):
         return dvae_settings(home / "data", output_dir, **settings, initial_kl_per_token=2.0)
     settings = build_prior_settings(home, output_dir, **settings)
     model = {"hidden_dropout": 0.2, "attention_dropout": 0.2, "embedding_dropout": 0.2}
-    return {**settings, "model": {**settings["model"], **model}}
+    choices = {"optimizer": "muon", "muon_learning_rate": 0.02, "image_token_dropout": 0.5}
+    return {**settings, **choices, "model": {**settings["model"], **model}}
 
 
 @pytest.fixture(scope="module")

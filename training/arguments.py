@@ -157,6 +157,14 @@ class PriorArguments(TrainArguments):
         metadata={"help": "Of the prior in training; on short streams in bf16 on a CPU eager is quicker."},
     )
     bpe_dropout: float = field(default=0.1, metadata={"help": "Share of BPE merges skipped in training."})
+    image_token_dropout: float = field(
+        default=0.0,
+        metadata={"help": "Image tokens hidden from later states, of a picture a share from 0 to this; 0: the paper."},
+    )
+    optimizer: Literal["adamw", "muon"] = field(
+        default="adamw", metadata={"help": "adamw: the paper; muon: the layers' matrices by Muon, the rest by AdamW."}
+    )
+    muon_learning_rate: float = field(default=5e-3, metadata={"help": "Of the matrices with `optimizer: muon`."})
     adam_beta2: float = 0.96
     adam_weight_decay: float = 4.5e-2
     max_grad_norm: float | None = field(default=4.0, metadata={"help": "Global norm to clip at; none: no clipping."})
@@ -198,7 +206,14 @@ _RANGES = [
         lambda value: value >= 0,
         "from 0",
         (
-            *("learning_rate", "lr_warmup_steps", "adam_weight_decay", "seed", "dataloader_num_workers"),
+            *(
+                "learning_rate",
+                "muon_learning_rate",
+                "lr_warmup_steps",
+                "adam_weight_decay",
+                "seed",
+                "dataloader_num_workers",
+            ),
             *("temperature_anneal_steps", "kl_weight", "kl_weight_warmup_steps", "encoder_lr_ratio"),
             *("pixel_l1_weight", "pixel_l2_weight"),
         ),
@@ -216,7 +231,7 @@ _RANGES = [
             "codebook_revival_share",
         ),
     ),
-    (lambda value: 0 <= value <= 1, "in [0, 1]", ("lr_min_ratio",)),
+    (lambda value: 0 <= value <= 1, "in [0, 1]", ("lr_min_ratio", "image_token_dropout")),
 ]
 
 

@@ -21,6 +21,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from arguments import TrainArguments
 from diffusers.training_utils import EMAModel
+from optimizers import make_optimizers
 from PIL import Image
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
@@ -41,7 +42,7 @@ class Stage(Protocol):
     collator: CaptionImageCollator
 
     def parameter_groups(self) -> list[dict]:
-        """The optimizer's groups; a group without "lr" gets the run's."""
+        """Groups for `optimizers.make_optimizers`; a group without "lr" gets the run's."""
 
     def compute_loss(self, model: torch.nn.Module, batch: dict, step: int) -> tuple[torch.Tensor, dict[str, Any]]:
         """The loss of one batch at one update, and numbers to log."""
@@ -75,21 +76,16 @@ def run(args: TrainArguments, accelerator: Accelerator, stage: Stage) -> None:
         OSError: if a checkpoint that the settings name is not there.
     """
     output_dir = Path(args.output_dir)
-    optimizer = torch.optim.AdamW(
-        stage.parameter_groups(),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
-    schedule = get_warmup_cosine_schedule(optimizer, args.lr_warmup_steps, args.max_train_steps, args.lr_min_ratio)
-    model, optimizer = accelerator.prepare(stage.model, optimizer)
+    optimizers = make_optimizers(args, stage.parameter_groups())
+    shape = (args.lr_warmup_steps, args.max_train_steps, args.lr_min_ratio)
+    schedules = [get_warmup_cosine_schedule(optimizer, *shape) for optimizer in optimizers]
+    model, *optimizers = accelerator.prepare(stage.model, *optimizers)
     # A frozen model around an adapter has no average.
     parameters = [parameter for parameter in accelerator.unwrap_model(model).parameters() if parameter.requires_grad]
     ema = EMAModel(parameters, decay=args.ema_decay, foreach=True) if args.use_ema else None
     progress = Progress()
-    accelerator.register_for_checkpointing(progress, schedule, *([ema] if ema else []))
-    _resume(args, accelerator, model, optimizer, schedule, ema, progress)
+    accelerator.register_for_checkpointing(progress, *schedules, *([ema] if ema else []))
+    _resume(args, accelerator, model, optimizers, schedules, ema, progress)
     _clean(accelerator, output_dir, progress.step)
     if ema:
         ema.to(accelerator.device)
@@ -101,9 +97,10 @@ def run(args: TrainArguments, accelerator: Accelerator, stage: Stage) -> None:
     bar = tqdm(total=args.max_train_steps, initial=progress.step, disable=not accelerator.is_main_process, unit="step")
     meter = Meter()
     while progress.step < args.max_train_steps:
-        _update(args, accelerator, stage, model, optimizer, batches, progress.step, meter)
-        learning_rate = optimizer.param_groups[0]["lr"]
-        schedule.step()
+        _update(args, accelerator, stage, model, optimizers, batches, progress.step, meter)
+        learning_rate = optimizers[0].param_groups[0]["lr"]
+        for schedule in schedules:
+            schedule.step()
         progress.step += 1
         if ema:
             ema.step(parameters)
@@ -132,7 +129,7 @@ def run(args: TrainArguments, accelerator: Accelerator, stage: Stage) -> None:
     accelerator.end_training()
 
 
-def _update(args, accelerator, stage, model, optimizer, batches, step, meter) -> None:
+def _update(args, accelerator, stage, model, optimizers, batches, step, meter) -> None:
     """One optimizer step over `gradient_accumulation_steps` batches; what it logs goes to `meter`."""
     model.train()
     for index in range(args.gradient_accumulation_steps):
@@ -144,8 +141,9 @@ def _update(args, accelerator, stage, model, optimizer, batches, step, meter) ->
         meter.add({**logs, "loss": loss}, args.train_batch_size * accelerator.num_processes)
     if args.max_grad_norm is not None:
         meter.add({"grad_norm": accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)})
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def _batches(args, accelerator, stage, start_step) -> Iterator[dict]:
@@ -289,7 +287,7 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def _resume(args, accelerator, model, optimizer, schedule, ema, progress):
+def _resume(args, accelerator, model, optimizers, schedules, ema, progress):
     """Loads the checkpoint to go on from, if there is one."""
     found = checkpoints(Path(args.output_dir))
     if args.resume_from_checkpoint == "latest":
@@ -299,7 +297,7 @@ def _resume(args, accelerator, model, optimizer, schedule, ema, progress):
     if folder is not None:
         if not folder.is_dir():
             raise OSError(f"`resume_from_checkpoint` names {folder}, which is not a folder.")
-        _load(folder, args, accelerator, model, optimizer, schedule, ema)
+        _load(folder, args, accelerator, model, optimizers, schedules, ema)
         logger.info(f"Going on from {folder}, update {progress.step} of {args.max_train_steps}.")
     if found and _step_of(found[-1]) > progress.step:
         raise ValueError(
@@ -308,10 +306,11 @@ def _resume(args, accelerator, model, optimizer, schedule, ema, progress):
         )
 
 
-def _load(folder: Path, args, accelerator, model, optimizer, schedule, ema):
+def _load(folder: Path, args, accelerator, model, optimizers, schedules, ema):
     # Only LoRA freezes weights; a checkpoint holds them too, and would put its own base in the place of today's.
     frozen = [(weight, weight.detach().clone()) for weight in model.parameters() if not weight.requires_grad]
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     try:
         accelerator.load_state(str(folder))
     except (RuntimeError, ValueError, KeyError, OSError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
@@ -322,10 +321,13 @@ def _load(folder: Path, args, accelerator, model, optimizer, schedule, ema):
     if not all(torch.equal(weight, today) for weight, today in frozen):
         raise ValueError(f"The base of {folder} is not `init_from`: choose another `output_dir`.")
     # A checkpoint brings the optimizer's settings of its day; those of today hold.
-    schedule.base_lrs = [group["initial_lr"] for group in settings]
-    for group, today, ratio in zip(optimizer.param_groups, settings, schedule.lr_lambdas, strict=True):
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group, today in zip(groups, settings, strict=True):
         group.update(today)
-        group["lr"] = group["initial_lr"] * ratio(schedule.last_epoch)
+    for optimizer, schedule in zip(optimizers, schedules, strict=True):
+        schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+        for group, ratio in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
+            group["lr"] = group["initial_lr"] * ratio(schedule.last_epoch)
     if ema:
         ema.decay = args.ema_decay
 

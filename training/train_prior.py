@@ -13,6 +13,7 @@ from arguments import PriorArguments, check_names
 from diffusers.utils import make_image_grid
 from finetune_prior import add_adapter, find_start, load_prior, save_adapter
 from huggingface_hub.errors import StrictDataclassError
+from optimizers import split_matrices
 from PIL import Image
 from precompute_image_tokens import check_store
 from train_dvae import image_datasets, save_dvae
@@ -71,8 +72,8 @@ class PriorStage:
             raise ValueError(f"A value in `model` does not fit: {error}") from error
 
     def parameter_groups(self) -> list[dict]:
-        """One group: the paper decays all parameters alike. With LoRA these are the adapters'."""
-        return [{"params": [parameter for parameter in self.model.parameters() if parameter.requires_grad]}]
+        """All parameters, decayed alike as in the paper. With LoRA these are the adapters'."""
+        return split_matrices(self.model, is_muon=self.args.optimizer == "muon")
 
     def _image_tokens(self, batch: dict) -> torch.Tensor:
         """B x N tokens, stored or encoded now, in full precision."""
@@ -85,12 +86,25 @@ class PriorStage:
         with torch.no_grad():
             return self.dvae.to(pixel_values.device).encode(pixel_values).tokens.flatten(1)
 
+    def _hide_image_tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """
+        The stream with start-of-image in the place of some image tokens, of each picture another share: what the
+        states before do not tell, the caption has to.
+        """
+        share = torch.rand(len(input_ids), 1, device=input_ids.device) * self.args.image_token_dropout
+        is_hidden = torch.rand(input_ids.shape, device=input_ids.device) < share
+        is_hidden[:, : self.model.config.text_length] = False
+        return input_ids.masked_fill(is_hidden, self.model.config.image_start_token_id)
+
     def compute_loss(self, model: torch.nn.Module, batch: dict, step: int) -> tuple[torch.Tensor, dict[str, Any]]:
         stream = self.model.join_stream(batch["input_ids"], batch["attention_mask"], self._image_tokens(batch))
         labels = stream["input_ids"].clone()
         # A dropped caption teaches the image tokens' marginal; that captions are empty it shall not teach.
         labels[:, : self.model.config.text_length].masked_fill_(batch["caption_dropped"][:, None], -100)
-        output = model(input_ids=stream["input_ids"], labels=labels)
+        input_ids = stream["input_ids"]
+        if model.training and self.args.image_token_dropout:
+            input_ids = self._hide_image_tokens(input_ids)
+        output = model(input_ids=input_ids, labels=labels)
         losses = {"text_loss": output.text_loss, "caption_loss": output.caption_loss, "image_loss": output.image_loss}
         return output.loss, {name: value for name, value in losses.items() if value is not None}
 
