@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lora test test-slow quality style clean
+.PHONY: help demo lora test test-slow bench quality style clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
@@ -24,6 +24,12 @@ test: $(VENV)/.installed-dev ## run the tests but the slow ones
 test-slow: $(VENV)/.installed-dev ## run all tests
 	$(BIN)/python -m pytest -m "slow or not slow"
 
+bench: $(VENV)/.installed-bench ## time and weigh it beside its peers; 10 minutes on two idle cores
+	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/dvae.py
+	$(BIN)/python benchmarks/memory.py 1.2b
+
 quality: $(VENV)/.installed-dev ## check the lint and the format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,7 +40,7 @@ style: $(VENV)/.installed-dev ## repair the lint and the format
 
 clean: ## remove .venv and what tools left behind
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist src/*.egg-info
-	find src training tests -name __pycache__ -prune -exec rm -rf {} +
+	find src training benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
 
 # A torch that $(PYTHON) has is reused by a line in the new environment's path, wherever that torch is (in a virtual
 # environment too, which --system-site-packages would not see). A $(VENV) that is there already is kept as it is.
@@ -49,4 +55,10 @@ $(VENV)/.installed: setup.py | $(BIN)/pip
 
 $(VENV)/.installed-dev: setup.py | $(BIN)/pip
 	$(BIN)/pip install -e ".[dev]"
+	@touch $(VENV)/.installed $@
+
+# OpenAI's package asks for torchvision, mypy and pytest too, which its encoder and decoder do not use.
+$(VENV)/.installed-bench: setup.py | $(BIN)/pip
+	$(BIN)/pip install -e ".[bench]"
+	$(BIN)/pip install --no-deps DALL-E==0.1
 	@touch $(VENV)/.installed $@

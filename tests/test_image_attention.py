@@ -10,6 +10,7 @@ from hf_dalle.image_attention import (
     ATTENTION_TYPES,
     image_attention_mask,
     image_attention_offsets,
+    image_attention_window,
     stream_attention_mask,
 )
 
@@ -129,6 +130,17 @@ def test_mask_is_the_definition_on_any_grid(attention_type, grid_size, kernel_si
         [attends_by_definition(attention_type, state, key, grid_size, kernel_size) for key in range(num_states)]
         for state in range(num_states)
     ]
+
+
+@given(each_type, grid_sizes, kernel_sizes, st.data())
+def test_window_is_any_part_of_the_mask_along_its_diagonal(attention_type, grid_size, kernel_size, data):
+    mask = image_attention_mask(attention_type, grid_size, kernel_size)
+    num_keys = data.draw(st.integers(1, len(mask)))
+    num_queries = data.draw(st.integers(0, num_keys))
+    window = image_attention_window(attention_type, grid_size, kernel_size, num_queries, num_keys)
+    first = data.draw(st.integers(0, len(mask) - num_keys))
+    stop = first + num_keys
+    assert window.equal(mask[stop - num_queries : stop, first:stop])
 
 
 @given(each_type, st.integers(1, 9), grid_sizes, kernel_sizes)

@@ -69,7 +69,8 @@ def test_the_file_tree_is_the_tree():
     package = tree.split("training/")[0]
     named = set(re.findall(r"^  (\w+\.py)", package, flags=re.MULTILINE))
     assert named == {path.name for path in (ROOT / "src" / "hf_dalle").glob("*.py")} - {"__init__.py"}
-    scripts = set(re.findall(r"(\w+\.py)", tree.split("\ntraining/")[1].split("checkpoints/")[0]))
-    assert scripts == {path.name for path in (ROOT / "training").glob("*.py")}
+    for folder, following in (("training", "benchmarks"), ("benchmarks", "model_cards")):
+        scripts = set(re.findall(r"(\w+\.py)", tree.split(f"\n{folder}/")[1].split(f"\n{following}/")[0]))
+        assert scripts == {path.name for path in (ROOT / folder).glob("*.py")}
     for folder in ("training/configs", "training/data", "checkpoints/emoji-mini", "tests"):
         assert (ROOT / folder).is_dir()

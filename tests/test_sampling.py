@@ -1,6 +1,10 @@
 """The drawing loop against an independent one without a cache, its filters by their definitions, and its seeds."""
 
+import copy
+import gc
 import math
+import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -9,8 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import ATTENTION_TYPES, CAPTIONS, build_prior, build_tokenizer
 from transformers import GenerationConfig
+from transformers.utils import logging
 
-from hf_dalle.sampling import choose_tokens, draw_image_tokens, filter_logits, resolve_settings, spawn_generators
+from hf_dalle import sampling
+from hf_dalle.cache_dalle import cache_bytes
+from hf_dalle.sampling import (
+    choose_tokens,
+    draw_image_tokens,
+    drop_kept,
+    filter_logits,
+    kept_bytes,
+    resolve_settings,
+    spawn_generators,
+)
 from hf_dalle.tokenization_dalle import encode_captions
 
 
@@ -129,6 +144,10 @@ def test_the_text_is_read_once_a_prompt(prior):
     guided = {"guidance_scale": 2.0, "negative_text_ids": negative[0], "negative_attention_mask": negative[1]}
     draw(prior, texts, seeds(*range(6)), num_images_per_prompt=3, image_prefix=prefix, **guided)
     assert shapes == [(4, 18)] + [(12, 1)] * (NUM_CELLS - 6)
+    shapes.clear()
+    prefix = torch.zeros(6, 5, dtype=torch.long)  # one an image
+    draw(prior, texts, seeds(*range(6)), num_images_per_prompt=3, image_prefix=prefix, **guided)
+    assert shapes == [(4, 12), (12, 6)] + [(12, 1)] * (NUM_CELLS - 6)
     handle.remove()
 
 
@@ -158,12 +177,86 @@ def test_logits_of_halves_are_drawn_from_in_float64():
         assert tokens[row, 0] == np.argmax(cumulative > uniform * cumulative[-1])
 
 
-def test_overflowing_logits_are_an_error():
-    prior = build_prior()
+def test_overflowing_logits_are_an_error_by_the_end_of_the_row():
+    prior, cells = build_prior(), []
     with torch.no_grad():
         prior.model.norm.weight.fill_(torch.inf)
-    with pytest.raises(ValueError, match="not finite"):
-        draw(prior, encode(CAPTIONS[0]), seeds(0))
+    with pytest.raises(ValueError, match="up to cell 3 are not finite"):
+        cells.extend(cell for cell, _ in draw_image_tokens(prior, *encode(CAPTIONS[0]), generators=seeds(0)))
+    assert cells == [0, 1, 2] and kept_bytes(prior) == 0
+
+
+# ------------------------------------------------------------------------------------------- buffers and compilation
+
+
+def test_buffers_are_made_once_and_freed_with_the_prior():
+    prior, texts = build_prior(), encode(*CAPTIONS[:2])
+    assert kept_bytes(prior) == 0
+    first = draw(prior, texts, seeds(0, 1, 2, 3), num_images_per_prompt=2)
+    assert kept_bytes(prior) == cache_bytes(prior.config, 2, 4)
+    kept = sampling._kept_caches[prior]
+    addresses = [layer.keys.data_ptr() for layer in kept.layers]
+    assert torch.equal(draw(prior, texts, seeds(0, 1, 2, 3), num_images_per_prompt=2), first)
+    assert sampling._kept_caches[prior] is kept and [layer.keys.data_ptr() for layer in kept.layers] == addresses
+    draw(prior, encode(CAPTIONS[0]), seeds(0))
+    assert kept_bytes(prior) == cache_bytes(prior.config, 1, 1)
+    draw(prior.double(), encode(CAPTIONS[0]), seeds(0))
+    assert kept_bytes(prior) == cache_bytes(prior.config, 1, 1, torch.float64)
+    copy.deepcopy(prior), pickle.dumps(prior)
+    drop_kept(prior)
+    assert kept_bytes(prior) == 0
+    draw(prior, texts, seeds(0, 1))
+    dead = weakref.ref(sampling._kept_caches[prior])
+    del prior, kept
+    gc.collect()
+    assert dead() is None
+
+
+def test_drawings_at_the_same_time_do_not_share_buffers(prior):
+    texts = [encode(caption) for caption in CAPTIONS[:2]]
+    expected = [draw(prior, text, seeds(index)) for index, text in enumerate(texts)]
+    drawings = [draw_image_tokens(prior, *text, generators=seeds(index)) for index, text in enumerate(texts)]
+    *_, ((_, one), (_, other)) = zip(*drawings, strict=True)
+    assert torch.equal(one, expected[0]) and torch.equal(other, expected[1])
+    drawing = draw_image_tokens(prior, *texts[0], generators=seeds(0))
+    next(drawing)
+    drop_kept(prior)
+    del drawing  # half way
+    assert kept_bytes(prior) == cache_bytes(prior.config)
+    assert torch.equal(draw(prior, texts[0], seeds(0)), expected[0])
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_draws_the_same_tokens(backend):
+    prior, texts, negative = build_prior(), encode(*CAPTIONS[:2]), encode("", "")
+    guided = {"guidance_scale": 2.0, "negative_text_ids": negative[0], "negative_attention_mask": negative[1]}
+    cases = [{}, guided, {"image_prefix": torch.arange(10).view(2, 5)}]
+    calls = [(prior, texts, seeds(0, 1, 2, 3)) for _ in cases]
+    expected = [draw(*call, num_images_per_prompt=2, **case) for call, case in zip(calls, cases, strict=True)]
+    prior.compile(backend=backend)
+    for case, tokens in zip(cases, expected, strict=True):
+        assert torch.equal(draw(prior, texts, seeds(0, 1, 2, 3), num_images_per_prompt=2, **case), tokens)
+    assert prior.model.run_layer.is_static, "it did not fall back"
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(prior)))
+    assert copied.model.run_layer.options == {"backend": backend}
+
+
+def test_where_compiling_fails_there_is_one_warning_and_the_same_picture(caplog):
+    def fail(graph, inputs):
+        raise RuntimeError("no compiler")
+
+    prior, texts = build_prior(), encode(CAPTIONS[0])
+    expected = draw(prior, texts, seeds(0))
+    prior.compile(backend=fail)
+    logger = logging.get_logger("hf_dalle.generation_dalle_prior")
+    logger.addHandler(caplog.handler)
+    try:
+        assert torch.equal(draw(prior, texts, seeds(0)), expected)
+        assert torch.equal(draw(prior, texts, seeds(0)), expected)
+    finally:
+        logger.removeHandler(caplog.handler)
+    warnings = [record.getMessage() for record in caplog.records if "Compiling failed" in record.getMessage()]
+    assert len(set(warnings)) == 1 and "no compiler" in warnings[0]
 
 
 # ------------------------------------------------------------------------------------------ prefixes and interventions

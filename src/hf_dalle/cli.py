@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _build_parser().parse_args(argv)
     try:
         arguments.command(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"hf-dalle: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
@@ -62,6 +62,7 @@ def draw(arguments: argparse.Namespace) -> None:
         top_k=arguments.top_k,
         top_p=arguments.top_p,
         generator=torch.Generator().manual_seed(seed),
+        max_batch_size=arguments.max_batch_size,
     ).images
     if arguments.no_grid:
         output.mkdir(parents=True, exist_ok=True)
@@ -103,6 +104,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add("prompt", help="the caption")
     add("--checkpoint", help=f"folder or Hub repository of a DALLEPipeline (default: {DEFAULT_CHECKPOINT}, if here)")
     add("--num_images", type=int, default=4, help="how many pictures (default: 4)")
+    add("--max_batch_size", type=int, help="how many are drawn at once (default: as many as fit into free memory)")
     add("--seed", type=int, help="the same seed draws the same pictures (default: a new one each time)")
     add("--output", help="file of the grid (default: dalle.png), or with --no_grid a folder (default: dalle)")
     add("--no_grid", action="store_true", help="write each picture to a file of its own")

@@ -5,11 +5,56 @@ with `torch.Generator`s, lives in `sampling.py`.
 """
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers.generation import GenerationMode
+from transformers.utils import logging
+
+from .cache_dalle import DalleCache
+from .decode_attention import DecodeWindow
+
+
+logger = logging.get_logger(__name__)
+
+
+def run_layer(layer: nn.Module, hidden_states: torch.Tensor, window: DecodeWindow) -> torch.Tensor:
+    """A layer on one image state after others."""
+    return layer(hidden_states, attention_mask=window)
+
+
+class CompiledLayer:
+    """[`run_layer`], compiled when it is first called; plain from where that fails, with one warning."""
+
+    def __init__(self, **options):
+        self.options, self._run, self.is_static = options, None, True
+
+    def __getstate__(self):
+        return {**self.__dict__, "_run": None}  # what is compiled is not copied or saved
+
+    def __call__(self, layer: nn.Module, hidden_states: torch.Tensor, window: DecodeWindow) -> torch.Tensor:
+        if self._run is None:
+            self._run = torch.compile(run_layer, **self.options)
+        if self._run is not run_layer:
+            try:
+                return self._run(layer, hidden_states, window)
+            except Exception as error:  # of a compiler, of any kind; what is wrong with the call comes again below
+                logger.warning(f"Compiling failed, drawing goes on without: {type(error).__name__}: {error}")
+                self._run, self.is_static = run_layer, False
+        return run_layer(layer, hidden_states, window)
 
 
 class DallePriorGenerationMixin(GenerationMixin):
     """Joins what `generate()` is given into streams, and refuses what would draw wrong images without an error."""
+
+    def compile(self, **options):
+        """
+        Compiles what drawing and `generate` do for each image token, a layer at a time, on first use; training and the
+        reading of captions stay as they are. Where it fails, there is one warning, and drawing goes on without.
+
+        Args:
+            options: as for `torch.compile`.
+        """
+        self.model.run_layer = CompiledLayer(**options)
 
     def generate(self, inputs: torch.LongTensor | None = None, generation_config=None, **kwargs):
         """
@@ -42,6 +87,15 @@ class DallePriorGenerationMixin(GenerationMixin):
         # The pads are replaced before the loop, so that no step and no kind of cache needs the mask.
         stream = self.join_stream(text_ids, mask, image_ids - config.image_token_offset)
         return super().generate(stream["input_ids"], generation_config, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args) -> None:
+        """A [`DalleCache`] by default; guessing several tokens ahead goes back, which takes a cache of all states."""
+        is_free = model_kwargs.get("past_key_values") is None and generation_config.cache_implementation is None
+        goes_back = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
+        if is_free and generation_config.use_cache is not False and not goes_back:
+            model_kwargs["past_key_values"] = DalleCache(self.config)
+        else:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args)
 
     def _get_logits_processor(
         self,

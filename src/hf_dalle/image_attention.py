@@ -1,7 +1,8 @@
 """Which earlier states each attention type may attend to (paper, section 2.2 and figure 11).
 
-Pure functions of the type, the grid, the kernel and the text length: the one source for masks and for cache windows.
-How a mask is applied lives in `modeling_dalle_prior.py`.
+Pure functions of the type, the grid, the kernel and the text length: the one source for masks, for blocked attention
+and for cache windows. How a mask is applied lives in `modeling_dalle_prior.py`, attention in blocks in
+`sparse_attention.py`.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 ATTENTION_TYPES = ("full", "row", "column", "conv")
 
 
-def _cache(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def cache_constants(function: Callable) -> Callable:
     """`lru_cache`, but not while `torch.compile` or `torch.export` traces, where tensors hold no values."""
     cached = lru_cache(function)
 
@@ -21,6 +22,7 @@ def _cache(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     def call(*args, **kwargs):
         return (function if torch.compiler.is_compiling() else cached)(*args, **kwargs)
 
+    call.cache_clear = cached.cache_clear
     return call
 
 
@@ -62,7 +64,36 @@ def image_attention_offsets(attention_type: str, grid_size: int, kernel_size: in
     raise ValueError(f"Unknown attention type {attention_type!r}. The valid ones are {', '.join(ATTENTION_TYPES)}.")
 
 
-@_cache
+@cache_constants
+def image_attention_window(
+    attention_type: str,
+    grid_size: int,
+    kernel_size: int,
+    num_queries: int,
+    num_keys: int,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """
+    The mask of any `num_keys` consecutive image states of which the last `num_queries` look at all: since offsets are
+    the same for every state, it does not matter where in the grid they are.
+
+    Args:
+        attention_type, grid_size, kernel_size: as for [`image_attention_offsets`].
+        num_queries, num_keys (`int`): lengths, `num_queries <= num_keys <= grid_size ** 2`.
+        device (`torch.device`): where the mask is to be.
+
+    Returns:
+        `torch.Tensor`: bool, num_queries x num_keys. It is shared by all callers: do not write into it.
+    """
+    # A mask first built by a caller in inference mode must still serve one that trains.
+    with torch.inference_mode(False):
+        may_attend = torch.zeros(grid_size**2, dtype=torch.bool)
+        may_attend[list(image_attention_offsets(attention_type, grid_size, kernel_size))] = True
+        queries = torch.arange(num_keys - num_queries, num_keys)
+        offsets = queries[:, None] - torch.arange(num_keys)[None, :]
+        return ((offsets >= 0) & may_attend[offsets.clamp(min=0)]).to(device)
+
+
 def image_attention_mask(attention_type: str, grid_size: int, kernel_size: int = 11) -> torch.Tensor:
     """
     The mask among image states: row i, column j is `True` where state i may attend to state j.
@@ -73,17 +104,10 @@ def image_attention_mask(attention_type: str, grid_size: int, kernel_size: int =
     Returns:
         `torch.Tensor`: bool, N x N with N = grid_size ** 2. It is shared by all callers: do not write into it.
     """
-    # A mask first built by a caller in inference mode must still serve one that trains.
-    with torch.inference_mode(False):
-        num_states = grid_size**2
-        may_attend = torch.zeros(num_states, dtype=torch.bool)
-        may_attend[list(image_attention_offsets(attention_type, grid_size, kernel_size))] = True
-        states = torch.arange(num_states)
-        offsets = states[:, None] - states[None, :]
-        return (offsets >= 0) & may_attend[offsets.clamp(min=0)]
+    return image_attention_window(attention_type, grid_size, kernel_size, grid_size**2, grid_size**2)
 
 
-@_cache
+@cache_constants
 def stream_attention_mask(
     attention_type: str,
     text_length: int,

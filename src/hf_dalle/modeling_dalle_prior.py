@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -22,10 +22,14 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .cache_dalle import check_cache, make_cache, open_windows
 from .configuration_dalle_prior import DallePriorConfig
-from .generation_dalle_prior import DallePriorGenerationMixin
+from .decode_attention import DecodeWindow
+from .generation_dalle_prior import DallePriorGenerationMixin, run_layer
 from .image_attention import stream_attention_mask
+from .linear_dalle import DalleLinear, DallePriorHead
 from .losses import mean_cross_entropy, prior_loss
+from .sparse_attention import attend_in_blocks, choose_start_mask
 
 
 @dataclass
@@ -67,6 +71,7 @@ class DallePriorPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["DallePriorLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
 
     def _init_weights(self, module: nn.Module):
@@ -117,6 +122,7 @@ class DallePriorForCausalLM(DallePriorPreTrainedModel, DallePriorGenerationMixin
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     # Each micro-batch has its own mean loss: transformers' Trainer must not pass a count to divide by.
     accepts_loss_kwargs = False
+    compile = DallePriorGenerationMixin.compile  # not nn.Module's
 
     def __init__(self, config: DallePriorConfig):
         super().__init__(config)
@@ -177,8 +183,8 @@ class DallePriorForCausalLM(DallePriorPreTrainedModel, DallePriorGenerationMixin
         if first_state < self.config.text_length:
             num_text_states = min(self.config.text_length - first_state, hidden_states.shape[1])
         text, image = hidden_states.tensor_split([num_text_states], dim=1)
-        text_logits = self.lm_head(text, 0, self.config.image_start_token_id)
-        image_logits = self.lm_head(image, self.config.image_token_offset, self.config.vocab_size)
+        num_logits = (self.config.image_start_token_id, self.config.image_vocab_size)
+        text_logits, image_logits = self.lm_head(text, image, *num_logits)
         if labels is None:
             scores = {"logits": self._join_logits(text_logits, image_logits, first_state)}
         else:
@@ -265,13 +271,6 @@ def _check_range(name: str, ids: torch.Tensor, size: int):
         raise ValueError(f"{name} must be in [0, {size}), got {ids.min()} to {ids.max()}: of another model?")
 
 
-class DallePriorHead(nn.Linear):
-    """A linear head of which a call computes the rows from `start` to `stop` only."""
-
-    def forward(self, hidden_states: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        return F.linear(hidden_states, self.weight[start:stop])
-
-
 class DallePriorModel(DallePriorPreTrainedModel):
     """Embeddings, layers and the final norm: ids of the joint vocabulary to states of the stream."""
 
@@ -284,6 +283,7 @@ class DallePriorModel(DallePriorPreTrainedModel):
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList([DallePriorLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.run_layer = run_layer  # for one image state after others
         self.post_init()
 
     @merge_with_config_defaults
@@ -301,7 +301,7 @@ class DallePriorModel(DallePriorPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = make_cache(self.config)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         length, config = past_length + hidden_states.shape[1], self.config
@@ -311,16 +311,26 @@ class DallePriorModel(DallePriorPreTrainedModel):
                 f"The stream has {config.stream_length} states ({config.text_length} of text, "
                 f"{config.num_image_tokens} of the image), but {int(length)} are asked for: the image is complete."
             )
+        if past_key_values is not None and not torch.compiler.is_compiling():
+            check_cache(past_key_values, config, len(hidden_states))
         positions = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past_length
         is_pad = self._find_pads(attention_mask, positions)
         if is_pad is not None:
             pads = self.embed_tokens(config.pad_token_offset + positions.clamp(max=config.text_length - 1))
             hidden_states = torch.where(is_pad[..., None], pads, hidden_states)
-        masks = self._attention_masks(positions, past_key_values)
         hidden_states = self.dropout(hidden_states + self._embed_positions(positions))
+        if not self.training and not kwargs.get("output_attentions", config.output_attentions):
+            windows = open_windows(past_key_values, len(positions), getattr(self.run_layer, "is_static", False))
+            if windows is not None:
+                for layer, window in zip(self.layers, windows, strict=True):
+                    hidden_states = self.run_layer(layer, hidden_states, window)
+                return BaseModelOutputWithPast(self.norm(hidden_states), past_key_values)
+        # In a compiled graph a static cache's tensor of a length is not read: its start is masked like the rest.
+        is_start = not (torch.compiler.is_compiling() and torch.is_tensor(past_length)) and int(past_length) == 0
+        masks = self._attention_masks(hidden_states, positions, None if is_start else past_key_values)
+        kwargs.update(past_key_values=past_key_values, is_start=is_start)
         for layer in self.layers:
-            mask = masks[layer.attention_type]
-            hidden_states = layer(hidden_states, attention_mask=mask, past_key_values=past_key_values, **kwargs)
+            hidden_states = layer(hidden_states, attention_mask=masks[layer.attention_type], **kwargs)
         return BaseModelOutputWithPast(self.norm(hidden_states), past_key_values)
 
     def _embed_positions(self, positions: torch.Tensor) -> torch.Tensor:
@@ -332,21 +342,19 @@ class DallePriorModel(DallePriorPreTrainedModel):
         text = self.text_position_embedding(positions.clamp(max=config.text_length - 1))
         return torch.where((positions < config.text_length)[:, None], text, image)
 
-    def _attention_masks(self, positions: torch.Tensor, past_key_values: Cache | None) -> dict:
-        """For each attention type that a layer has: bool, 1 x 1 x states x keys."""
-        config, num_keys = self.config, len(positions)
-        if past_key_values is not None:
-            num_keys, _ = past_key_values.get_mask_sizes(num_keys, 0)
-        masks = {}
+    def _attention_masks(self, states: torch.Tensor, positions: torch.Tensor, earlier: Cache | None) -> dict:
+        """For each attention type that a layer has: with `earlier` states bool, 1 x 1 x states x keys."""
+        config, masks = self.config, {}
         for kind in dict.fromkeys(config.attention_types):
-            mask = stream_attention_mask(
-                kind, config.text_length, config.image_grid_size, config.conv_kernel_size, positions.device
-            )
+            sizes = (kind, config.text_length, config.image_grid_size, config.conv_kernel_size)
+            if earlier is None:
+                masks[kind] = choose_start_mask(config._attn_implementation, *sizes, states)
+                continue
+            num_keys, _ = earlier.get_mask_sizes(len(positions), 0)
             # states x stream -> 1 x 1 x states x keys; a static cache may be longer than the stream
-            mask = F.pad(mask[positions], (0, max(num_keys - config.stream_length, 0)))
+            mask = stream_attention_mask(*sizes, positions.device)[positions]
+            mask = F.pad(mask, (0, max(num_keys - config.stream_length, 0)))
             masks[kind] = mask[None, None, :, :num_keys]
-        if config._attn_implementation == "sdpa" and num_keys == len(positions):
-            masks["full"] = None  # causal from the start, which SDPA does faster without a mask
         return masks
 
 
@@ -375,25 +383,36 @@ class DallePriorAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        self.attention_type = config.attention_types[layer_idx]
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = DalleLinear(config.hidden_size, config.hidden_size)
+        self.k_proj = DalleLinear(config.hidden_size, config.hidden_size)
+        self.v_proj = DalleLinear(config.hidden_size, config.hidden_size)
+        self.o_proj = DalleLinear(config.hidden_size, config.hidden_size)
         self.o_proj.is_residual = True
 
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, is_start=False, **kwargs):
         # B x states x width -> B x heads x states x head width
         query, key, value = (
             projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if isinstance(attention_mask, DecodeWindow):
+            return self.o_proj(attention_mask.attend(query, key, value, self.scaling).flatten(2)), None
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.config.attention_dropout if self.training else 0.0
+            cached = past_key_values.update(key, value, self.layer_idx)
+            key, value = (key, value) if is_start else cached  # a static cache's has room for later states
+        config, implementation = self.config, self.config._attn_implementation
+        dropout = config.attention_dropout if self.training else 0.0
+        if is_start and attention_mask is None:
+            sizes = (config.text_length, config.image_grid_size, config.conv_kernel_size)
+            output = attend_in_blocks(query, key, value, self.attention_type, *sizes, self.scaling, dropout)
+            return self.o_proj(output.transpose(1, 2).flatten(2)), None
+        if implementation == "flex_attention" and not is_start:
+            implementation = "sdpa"  # a step after earlier states is too small for a block mask
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         kwargs.update(scaling=self.scaling, dropout=dropout)
         output, weights = attend(self, query, key, value, attention_mask, **kwargs)
         # B x states x heads x head width -> B x states x width
@@ -414,9 +433,9 @@ class DallePriorMLP(nn.Module):
 
     def __init__(self, config: DallePriorConfig):
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc1 = DalleLinear(config.hidden_size, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc2 = DalleLinear(config.intermediate_size, config.hidden_size)
         self.fc2.is_residual = True
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """`DALLEPipeline`: from captions to pictures in numbered steps, wiring tokenizer, prior, dVAE and reranker.
 
-How tokens are drawn lives in `sampling.py`; what makes `DiffusionPipeline.from_pretrained` know this class lives in
-`hub.py`.
+How tokens are drawn lives in `sampling.py`, how many pictures at once and what a callback sees in `drawing.py`; what
+makes `DiffusionPipeline.from_pretrained` know this class lives in `hub.py`.
 """
 
 import json
@@ -18,12 +18,14 @@ from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
 from .autoencoder_dalle_dvae import DalleDVAE
+from .candidates import explain_out_of_memory
+from .drawing import DalleDrawingMixin
 from .image_processing_dalle import DalleImageProcessor
 from .lora_dalle import DalleLoraLoaderMixin
 from .modeling_dalle_prior import DallePriorForCausalLM
 from .publishing import DallePublishingMixin, check_folder
 from .reranking import rank_images
-from .sampling import draw_image_tokens, resolve_settings, spawn_generators
+from .sampling import resolve_settings, spawn_generators
 from .tokenization_dalle import encode_captions
 
 
@@ -47,13 +49,14 @@ class DALLEPipelineOutput(BaseOutput):
     nsfw_content_detected: list[bool] | None = None
 
 
-class DALLEPipeline(DalleLoraLoaderMixin, DallePublishingMixin, DiffusionPipeline):
+class DALLEPipeline(DalleDrawingMixin, DalleLoraLoaderMixin, DallePublishingMixin, DiffusionPipeline):
     r"""
     Draws pictures from captions, as in "Zero-Shot Text-to-Image Generation" (Ramesh et al., 2021): the prior draws
     image tokens, the dVAE decodes them.
 
     This model inherits from [`DiffusionPipeline`], which saves, loads and moves it, from [`DallePublishingMixin`],
-    which publishes it, and from [`DalleLoraLoaderMixin`], which adds LoRA adapters to its prior.
+    which publishes it, from [`DalleLoraLoaderMixin`], which adds LoRA adapters to its prior, and from
+    [`DalleDrawingMixin`], which draws in chunks that fit into memory.
 
     Args:
         prior ([`DallePriorForCausalLM`]): the transformer over text and image tokens.
@@ -104,16 +107,6 @@ class DALLEPipeline(DalleLoraLoaderMixin, DallePublishingMixin, DiffusionPipelin
         """The guidance scale of the current or last call."""
         return self._guidance_scale
 
-    @property
-    def num_timesteps(self) -> int:
-        """How many image tokens a picture that call draws."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether drawing stops after this token: a callback may set `pipe._interrupt = True`."""
-        return self._interrupt
-
     @torch.no_grad()
     def __call__(
         self,
@@ -132,6 +125,7 @@ class DALLEPipeline(DalleLoraLoaderMixin, DallePublishingMixin, DiffusionPipelin
         return_dict: bool = True,
         callback_on_step_end: Callable[["DALLEPipeline", int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_batch_size: int | None = None,
     ) -> DALLEPipelineOutput | tuple:
         r"""
         Draws `num_images_per_prompt` pictures for each prompt.
@@ -160,19 +154,30 @@ class DALLEPipeline(DalleLoraLoaderMixin, DallePublishingMixin, DiffusionPipelin
             callback_on_step_end (`Callable`, *optional*):
                 Called after each token as `callback(pipe, step, cell, {"latents": tokens})` with a copy of the tokens,
                 (B * n) x grid x grid, -1 where nothing was drawn. It may return such a dict with other tokens in this
-                cell, which drawing goes on from.
+                cell, which drawing goes on from. [`~DALLEPipeline.decode_partial`] gives the pictures so far. Over
+                several chunks `step` counts on, to `pipe.num_timesteps`, while `cell` begins anew; what is returned
+                for pictures that this step does not draw has no effect.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*): what that dict holds; only `latents` exists.
+            max_batch_size (`int`, *optional*):
+                How many pictures are drawn at once, by default as many as free memory holds; the others follow in
+                chunks. A picture is the same in any. Of n or more, prompts stay whole, and each is read once.
 
         Returns:
             [`DALLEPipelineOutput`], or the tuple `(images, scores, nsfw_content_detected)`.
 
         Raises:
             ValueError: for an argument of a wrong type or outside its range; nothing has been drawn then.
+            torch.OutOfMemoryError: where memory runs out, with the number to lower.
         """
         # 1. Check the inputs; settings that are not given are the checkpoint's
         prompts = [prompt] if isinstance(prompt, str) else prompt
         self.check_inputs(
-            prompts, negative_prompt, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs
+            prompts,
+            negative_prompt,
+            num_images_per_prompt,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+            max_batch_size,
         )
         num_images = len(prompts) * num_images_per_prompt
         self._check_prefix(image, num_prefix_rows, latents, num_images)
@@ -188,15 +193,18 @@ class DALLEPipeline(DalleLoraLoaderMixin, DallePublishingMixin, DiffusionPipelin
         if image is not None:
             prefix = self.encode_image_prefix(image, num_prefix_rows, len(prompts))
 
-        # 4. Draw the image tokens
+        # 4. Draw the image tokens, in chunks where not all pictures fit into memory
+        chunks = self._split_call(
+            len(prompts), num_images_per_prompt, max_batch_size, prefix, settings["guidance_scale"] > 1
+        )
         tokens = self._draw_tokens(
+            chunks,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
             image_prefix=prefix,
             generators=generators,
-            num_images_per_prompt=num_images_per_prompt,
-            **text_inputs,
-            **settings,
+            text_inputs=text_inputs,
+            settings=settings,
         )
 
         # 5. Decode them
@@ -204,11 +212,12 @@ class DALLEPipeline(DalleLoraLoaderMixin, DallePublishingMixin, DiffusionPipelin
         if output_type == "latent":
             images = tokens.unflatten(1, (self.dvae.image_grid_size, -1))
         else:
-            images = self.decode_tokens(tokens)
+            images = self.decode_tokens(tokens, max_batch_size)
 
             # 6. Check and rerank the pictures
             images, has_nsfw_concepts = self._check_safety(images)
-            images, scores, has_nsfw_concepts = self._rerank(prompts, images, has_nsfw_concepts)
+            batch_size = chunks[0].num_images
+            images, scores, has_nsfw_concepts = self._rerank(prompts, images, has_nsfw_concepts, batch_size)
 
             # 7. Put the pictures into the form that is asked for
             images = self.image_processor.postprocess(images, output_type)
@@ -224,6 +233,7 @@ class DALLEPipeline(DalleLoraLoaderMixin, DallePublishingMixin, DiffusionPipelin
         num_images_per_prompt: int,
         output_type: str,
         callback_on_step_end_tensor_inputs: Sequence[str],
+        max_batch_size: int | None = None,
     ) -> None:
         """Raises `ValueError` for what `__call__` cannot draw from."""
         _check_strings("prompt", prompts)
@@ -235,6 +245,10 @@ class DALLEPipeline(DalleLoraLoaderMixin, DallePublishingMixin, DiffusionPipelin
             raise ValueError("A prompt is empty, which only a prior trained with caption dropout can draw from.")
         if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` is {num_images_per_prompt!r}; expected a whole number from 1.")
+        if max_batch_size is not None and not (isinstance(max_batch_size, int) and max_batch_size > 0):
+            raise ValueError(
+                f"`max_batch_size` is {max_batch_size!r}; expected a whole number from 1, or None for what fits."
+            )
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` is {output_type!r}; expected 'pil', 'np', 'pt' or 'latent'.")
         unknown = sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs))
@@ -321,50 +335,6 @@ class DALLEPipeline(DalleLoraLoaderMixin, DallePublishingMixin, DiffusionPipelin
         tokens = self.dvae.encode(pixel_values.to(self._execution_device, self.dvae.dtype)).tokens
         return tokens[:, :num_prefix_rows].flatten(1).expand(num_prompts, -1)
 
-    def decode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Image tokens, B x (grid * grid), to pictures, B x 3 x H x W in [0, 1]."""
-        return self.dvae.decode(tokens.unflatten(1, (self.dvae.image_grid_size, -1))).sample
-
-    def _draw_tokens(
-        self,
-        callback: Callable | None,
-        callback_tensor_inputs: Sequence[str],
-        image_prefix: torch.Tensor | None,
-        **kwargs,
-    ) -> torch.Tensor:
-        """Image tokens, (B * n) x N; of an interrupted drawing those missing are a mean-grey patch's."""
-        num_given = image_prefix.shape[1] if image_prefix is not None else 0
-        self._num_timesteps = self.prior.config.num_image_tokens - num_given
-        if self._num_timesteps == 0:
-            return image_prefix
-        with self.progress_bar(total=self._num_timesteps) as progress_bar:
-            drawing = draw_image_tokens(self.prior, image_prefix=image_prefix, **kwargs)
-            for step, (cell, tokens) in enumerate(drawing):
-                if callback is not None:
-                    self._call_back(callback, callback_tensor_inputs, step, cell, tokens)
-                progress_bar.update()
-                if self.interrupt:
-                    break
-        missing = tokens < 0
-        return torch.where(missing, self._grey_token(), tokens) if missing.any() else tokens
-
-    def _call_back(
-        self, callback: Callable, tensor_inputs: Sequence[str], step: int, cell: int, tokens: torch.Tensor
-    ) -> None:
-        grid = tokens.unflatten(1, (self.dvae.image_grid_size, -1))  # a view
-        returned = callback(self, step, cell, {name: grid.clone() for name in tensor_inputs}) or {}
-        changed, num_codes = returned.get("latents", grid), self.dvae.config.vocab_size
-        is_cell = (torch.arange(tokens.shape[1], device=tokens.device) == cell).view_as(grid[0])
-        is_kept = changed.shape == grid.shape and torch.equal(changed[:, ~is_cell], grid[:, ~is_cell])
-        if not is_kept or changed[:, is_cell].min() < 0 or changed.max() >= num_codes:
-            raise ValueError(f"A callback may change the tokens of cell {cell} only, to others in [0, {num_codes}).")
-        grid.copy_(changed)
-
-    def _grey_token(self) -> torch.Tensor:
-        size = self.dvae.config.sample_size
-        grey = torch.full((1, 3, size, size), 0.5, device=self._execution_device, dtype=self.dvae.dtype)
-        return self.dvae.encode(grey).tokens.flatten().mode().values
-
     def _check_safety(self, images: torch.Tensor) -> tuple[torch.Tensor, list[bool] | None]:
         if self.safety_checker is None:
             return images, None
@@ -372,13 +342,14 @@ class DALLEPipeline(DalleLoraLoaderMixin, DallePublishingMixin, DiffusionPipelin
         return torch.as_tensor(checked).movedim(-1, 1), list(has_nsfw_concepts)
 
     def _rerank(
-        self, prompts: list[str], images: torch.Tensor, has_nsfw_concepts: list[bool] | None
+        self, prompts: list[str], images: torch.Tensor, has_nsfw_concepts: list[bool] | None, batch_size: int
     ) -> tuple[torch.Tensor, torch.Tensor | None, list[bool] | None]:
         """Sorts each prompt's pictures, (B * n) x 3 x H x W, and what is known of them, best first."""
         if self.reranker is None:
             return images, None, has_nsfw_concepts
         pictures = self.image_processor.postprocess(images, "pil")
-        order, scores = rank_images(self.reranker, self.reranker_processor, prompts, pictures)
+        with explain_out_of_memory("reranking", batch_size):
+            order, scores = rank_images(self.reranker, self.reranker_processor, prompts, pictures, batch_size)
         if has_nsfw_concepts is not None:
             has_nsfw_concepts = [has_nsfw_concepts[index] for index in order]
         return images[order], scores, has_nsfw_concepts

@@ -7,11 +7,17 @@ Texts and pictures are the pipeline's; here are ids only.
 import math
 from collections.abc import Iterator, Sequence
 from numbers import Real
+from weakref import WeakKeyDictionary
 
 import torch
-from transformers import GenerationConfig, StaticCache
+from transformers import GenerationConfig
 
+from .cache_dalle import DalleCache
 from .modeling_dalle_prior import DallePriorForCausalLM
+
+
+# The buffers of each prior's last drawing, for the next one: kept beside the priors, which are copied and saved.
+_kept_caches: WeakKeyDictionary[DallePriorForCausalLM, DalleCache] = WeakKeyDictionary()
 
 
 def spawn_generators(
@@ -126,7 +132,8 @@ def choose_tokens(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
     # A float64 below 1 times the total rounds to less than the total: some token exceeds it, and one with a share.
-    return torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    return tokens.clamp(max=logits.shape[-1] - 1)  # of logits that are not finite, some token too
 
 
 def draw_image_tokens(
@@ -181,25 +188,37 @@ def draw_image_tokens(
                 f"`image_prefix` is {num_prefixes} x {prefix_length}; expected a row a prompt ({num_prompts}) or an"
                 f" image ({num_images}), and fewer than the grid's {num_cells} tokens."
             )
-        # With a prefix an image, the images of a prompt share no more than their text: each is a row of its own.
+        # With a prefix an image, each is a row of its own, of which the text is read once a prompt.
         repeats = num_prefixes // num_prompts
         texts = [[part.repeat_interleave(repeats, dim=0) for part in text] for text in texts]
     streams = [prior.join_stream(*text, image_prefix)["input_ids"] for text in texts]
     if len(generators) != num_images:
         raise ValueError(f"There are {len(generators)} `generators` for {num_images} images.")
+    num_texts = num_prompts * len(texts)
     # All of an image's numbers at once: a cell's does not depend on where drawing starts, nor on the batch.
     uniforms = torch.stack([torch.rand(num_cells, dtype=torch.float64, generator=child) for child in generators])
     tokens = torch.full((num_images, num_cells), -1, device=text_ids.device)
     if prefix_length:
         tokens[:, :prefix_length] = image_prefix.repeat_interleave(num_images // num_prefixes, dim=0)
     filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    return _draw(prior, torch.cat(streams), tokens, prefix_length, uniforms, guidance_scale, filters)
+    return _draw(prior, torch.cat(streams), num_texts, tokens, prefix_length, uniforms, guidance_scale, filters)
+
+
+def kept_bytes(prior: DallePriorForCausalLM) -> int:
+    """Bytes of the buffers that are kept for the prior's next drawing, which uses them or frees them first."""
+    return _kept_caches[prior].nbytes if prior in _kept_caches else 0
+
+
+def drop_kept(prior: DallePriorForCausalLM) -> None:
+    """Frees the buffers that are kept for the prior's next drawing."""
+    _kept_caches.pop(prior, None)
 
 
 @torch.no_grad()
 def _draw(
     prior: DallePriorForCausalLM,
     input_ids: torch.Tensor,
+    num_texts: int,
     tokens: torch.Tensor,
     first_cell: int,
     uniforms: torch.Tensor,
@@ -208,32 +227,49 @@ def _draw(
 ) -> Iterator[tuple[int, torch.Tensor]]:
     num_images, num_cells = tokens.shape
     num_rows = num_images * (2 if guidance_scale > 1 else 1)  # the conditional ones, then the unconditional ones
-    logits, cache = _prefill(prior, input_ids, num_rows // len(input_ids))
-    for cell in range(first_cell, num_cells):
-        if guidance_scale > 1:
-            cond, uncond = logits.chunk(2)
-            logits = uncond + guidance_scale * (cond - uncond)
-        if not logits.isfinite().all():
-            raise ValueError(f"The prior's logits at cell {cell} are not finite; float16 may overflow, try bfloat16.")
-        tokens[:, cell] = choose_tokens(filter_logits(logits, **filters), uniforms[:, cell].to(logits.device))
-        yield cell, tokens
-        if cell + 1 < num_cells:
-            logits = _decode_one(prior, tokens[:, cell].repeat(num_rows // num_images), cache)
+    cache = _kept_caches.pop(prior, None)  # a drawing that goes on at the same time makes its own
+    if cache is None or not cache.is_for(prior.config):
+        cache = DalleCache(prior.config)
+    is_finite = True
+    try:
+        logits = _prefill(prior, input_ids, cache, num_texts, num_rows)
+        uniforms = uniforms.to(logits.device)
+        for cell in range(first_cell, num_cells):
+            if guidance_scale > 1:
+                cond, uncond = logits.chunk(2)
+                logits = uncond + guidance_scale * (cond - uncond)
+            is_finite = logits.isfinite().all() & is_finite
+            # Looked at once a row: a device is not waited for at each cell.
+            if (cell + 1) % prior.config.image_grid_size == 0 and not is_finite:
+                raise ValueError(
+                    f"The prior's logits up to cell {cell} are not finite; float16 may overflow, try bfloat16."
+                )
+            tokens[:, cell] = choose_tokens(filter_logits(logits, **filters), uniforms[:, cell])
+            yield cell, tokens
+            if cell + 1 < num_cells:
+                logits = _decode_one(prior, tokens[:, cell].repeat(num_rows // num_images), cache)
+    except Exception:
+        is_finite = False  # or unknown: these buffers are not used again
+        raise
+    finally:
+        if is_finite:
+            _kept_caches[prior] = cache
 
 
 def _prefill(
-    prior: DallePriorForCausalLM, input_ids: torch.Tensor, num_images_per_row: int
-) -> tuple[torch.Tensor, StaticCache]:
-    """Reads text and prefix once a row; gives the next cell's logits and a cache, both one a drawn image."""
-    output = prior(input_ids, use_cache=True, logits_to_keep=1)
-    cache = StaticCache(prior.config, max_cache_len=prior.config.stream_length)
-    for index, layer in enumerate(output.past_key_values.layers):
-        keys, values = (part.repeat_interleave(num_images_per_row, dim=0) for part in (layer.keys, layer.values))
-        cache.update(keys, values, index)
-    return _to_float64(output.image_logits[:, -1]).repeat_interleave(num_images_per_row, dim=0), cache
+    prior: DallePriorForCausalLM, input_ids: torch.Tensor, cache: DalleCache, num_texts: int, num_rows: int
+) -> torch.Tensor:
+    """Reads each text once, and each prefix once; gives the next cell's logits, rows x image_vocab_size."""
+    cache.reset()
+    cache.num_images_per_prompt = num_rows // num_texts
+    if len(input_ids) > num_texts:  # a prefix an image
+        text_ids, input_ids = input_ids.tensor_split([prior.config.text_length], dim=1)
+        prior(text_ids[:: len(text_ids) // num_texts], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    output = prior(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return _to_float64(output.image_logits[:, -1]).repeat_interleave(num_rows // len(input_ids), dim=0)
 
 
-def _decode_one(prior: DallePriorForCausalLM, tokens: torch.Tensor, cache: StaticCache) -> torch.Tensor:
+def _decode_one(prior: DallePriorForCausalLM, tokens: torch.Tensor, cache: DalleCache) -> torch.Tensor:
     """Puts one image token a row into the cache; gives the next cell's logits, rows x image_vocab_size."""
     input_ids = tokens[:, None] + prior.config.image_token_offset
     output = prior(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)

@@ -1,0 +1,212 @@
+"""Bytes that training and drawing with a prior of any size take, known before: `python benchmarks/memory.py 12b`.
+
+Nothing of that size is allocated: the model is built and traced with tensors that have a shape and no values. A second
+table holds the same rows at a small size beside what a real update and a real drawing there take.
+"""
+
+import argparse
+import contextlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from timing import format_bytes, format_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
+
+from hf_dalle import DallePriorConfig, DallePriorForCausalLM, image_attention, sparse_attention
+from hf_dalle.cache_dalle import DalleCache, cache_bytes
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OPTIMIZERS = ("adamw", "muon", "sgd")
+
+
+def parse_arguments(args: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config", help="a preset (12b, 1.2b, emoji-mini), a config.json, or a folder that has one")
+    parser.add_argument("--batch_size", type=int, default=1, help="pictures an update, or an accumulated part of one")
+    parser.add_argument("--num_images", type=int, default=1, help="images of one prompt that are drawn at once")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the weights")
+    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no", help="autocast in training")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="muon: for the layers' matrices only")
+    parser.add_argument("--attn_implementation", choices=["sdpa", "eager"], default="sdpa")
+    args = parser.parse_args(args)
+    if args.batch_size < 1 or args.num_images < 1:
+        parser.error("--batch_size and --num_images start at 1.")
+    return args
+
+
+def load_config(name: str) -> DallePriorConfig:
+    """A preset by its name, else a config.json by its path or its folder's; of a pipeline's folder, the prior's."""
+    path = Path(name)
+    if not path.exists():
+        return DallePriorConfig.from_preset(name)
+    return DallePriorConfig.from_pretrained(path / "prior" if (path / "prior").is_dir() else path)
+
+
+def shrink_config(config: DallePriorConfig) -> DallePriorConfig:
+    """A small config with the kinds of layers of `config`, to measure with."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "text_vocab_size": 300, "text_length": 16}
+    attention_types = [*dict.fromkeys(config.attention_types), config.attention_types[0]]
+    sizes |= {"image_vocab_size": 64, "image_grid_size": 16, "num_hidden_layers": len(attention_types)}
+    return DallePriorConfig(
+        **{**config.to_dict(), **sizes, "intermediate_size": None, "attention_types": attention_types}
+    )
+
+
+def build_prior(config: DallePriorConfig, args: argparse.Namespace) -> DallePriorForCausalLM:
+    """On the device and with the kind of tensors of the context."""
+    options = {"dtype": DTYPES[args.dtype], "attn_implementation": args.attn_implementation}
+    return AutoModelForCausalLM.from_config(config, **options).train()
+
+
+# ------------------------------------------------------------------------------------------------------ by formula
+
+
+def predict_bytes(config: DallePriorConfig, args: argparse.Namespace) -> dict[str, int]:
+    """Bytes by what holds them, without allocating them."""
+    with torch.device("meta"):
+        prior = build_prior(config, args)
+    matrices, others = split_parameters(prior, args.optimizer)
+    weights = sum(weight.nbytes for weight in prior.parameters())
+    # AdamW: two moments and a counter a tensor; Muon: one moment.
+    adamw = 0 if args.optimizer == "sgd" else sum(2 * weight.nbytes + 4 for weight in others)
+    return {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": adamw + sum(weight.nbytes for weight in matrices),
+        **count_activations(config, args, is_real=False),
+        "cache": cache_bytes(config, 1, args.num_images, DTYPES[args.dtype]),
+    }
+
+
+def split_parameters(prior: DallePriorForCausalLM, optimizer: str) -> tuple[list, list]:
+    """The weights that Muon updates, and those that it leaves to AdamW."""
+    groups = {True: [], False: []}
+    for name, weight in prior.named_parameters():
+        groups[optimizer == "muon" and weight.ndim == 2 and ".layers." in name].append(weight)
+    return groups[True], groups[False]
+
+
+def count_activations(config: DallePriorConfig, args: argparse.Namespace, is_real: bool) -> dict[str, int]:
+    """
+    Bytes of the tensors that a forward pass keeps for the backward one, weights not counted; with checkpointing also
+    those of the largest layer, which come back in the backward pass. `is_real`: with values in the tensors.
+    """
+    with contextlib.nullcontext() if is_real else FakeTensorMode(allow_non_fake_inputs=True):
+        prior = build_prior(config, args)
+        whole, largest_layer = count_saved_bytes(prior, args, is_real)
+        prior.activation_checkpointing_enable()
+        checkpointed, _ = count_saved_bytes(prior, args, is_real)
+    if not is_real:
+        forget_constants()
+    return {"activations": whole, "activations, checkpointing": checkpointed + largest_layer}
+
+
+def count_saved_bytes(prior: DallePriorForCausalLM, args: argparse.Namespace, is_real: bool) -> tuple[int, int]:
+    """Bytes kept by all of the forward pass, and by the layer that keeps most."""
+    own = {weight.untyped_storage()._cdata for weight in prior.parameters()}
+    saved, layers = {}, []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            saved[storage._cdata] = storage  # held, so that its address is not another's later
+        return tensor
+
+    def count() -> int:
+        return sum(storage.nbytes() for storage in saved.values())
+
+    hooks = []
+    for layer in prior.model.layers:
+        hooks.append(layer.register_forward_pre_hook(lambda *_: layers.append(-count())))
+        hooks.append(layer.register_forward_hook(lambda *_: layers.append(layers.pop() + count())))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=args.mixed_precision == "bf16"),
+    ):
+        compute_loss(prior, args.batch_size, is_real)
+    for hook in hooks:
+        hook.remove()
+    return count(), max(layers)
+
+
+def compute_loss(prior: DallePriorForCausalLM, batch_size: int, is_real: bool) -> torch.Tensor:
+    """The loss of whole streams; without values by the same cross-entropies, as the prior would look at its labels."""
+    config = prior.config
+    input_ids = torch.zeros(batch_size, config.stream_length + 1, dtype=torch.long)
+    input_ids[:, config.text_length :] = config.image_token_offset
+    if is_real:
+        return prior(input_ids, labels=input_ids).loss
+    output = prior(input_ids[:, :-1], use_cache=False)
+    text_labels = input_ids[:, 1:].clone()[:, : config.text_length]
+    image_labels = input_ids[:, 1 + config.text_length :].clone()
+    pairs = ((output.text_logits, text_labels), (output.image_logits, image_labels))
+    return sum(F.cross_entropy(logits.float().flatten(0, 1), labels.flatten()) for logits, labels in pairs)
+
+
+def forget_constants() -> None:
+    """Empties the caches of masks: what a trace puts there has no values."""
+    for module in (image_attention, sparse_attention):
+        for function in vars(module).values():
+            getattr(function, "cache_clear", lambda: None)()
+
+
+# ------------------------------------------------------------------------------------------------------ by measuring
+
+
+def measure_bytes(config: DallePriorConfig, args: argparse.Namespace) -> dict[str, int]:
+    """The same as [`predict_bytes`], of the tensors of a real update and a real drawing."""
+    prior = build_prior(config, args)
+    activations = count_activations(config, args, is_real=True)
+    matrices, others = split_parameters(prior, args.optimizer)
+    optimizers = [torch.optim.SGD(others) if args.optimizer == "sgd" else torch.optim.AdamW(others)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices))
+    compute_loss(prior, args.batch_size, is_real=True).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    cache = DalleCache(config, args.num_images)
+    with torch.no_grad():
+        prior.eval()(torch.zeros(1, config.text_length, dtype=torch.long), past_key_values=cache, use_cache=True)
+    return {
+        "weights": sum(weight.nbytes for weight in prior.parameters()),
+        "gradients": sum(weight.grad.nbytes for weight in prior.parameters()),
+        "optimizer": sum(part.nbytes for state in states for part in state.values() if torch.is_tensor(part)),
+        **activations,
+        "cache": cache.nbytes,
+    }
+
+
+def add_sums(num_bytes: dict[str, int]) -> dict[str, int]:
+    """With what training and drawing take together, but for buffers of single operations."""
+    held = num_bytes["weights"] + num_bytes["gradients"] + num_bytes["optimizer"]
+    return {
+        **num_bytes,
+        "training": held + num_bytes["activations"],
+        "training, checkpointing": held + num_bytes["activations, checkpointing"],
+        "drawing": num_bytes["weights"] + num_bytes["cache"],
+    }
+
+
+def main(args: list[str] | None = None) -> None:
+    """Prints both tables; see `--help`."""
+    args = parse_arguments(args)
+    config = load_config(args.config)
+    print(
+        f"{args.config}: batch {args.batch_size}, {args.dtype}, mixed precision {args.mixed_precision},"
+        f" {args.optimizer}, {args.attn_implementation}; cache of {args.num_images} a prompt\n"
+    )
+    rows = add_sums(predict_bytes(config, args)).items()
+    print(format_table(("what", "bytes"), [(name, format_bytes(number)) for name, number in rows]))
+    small = shrink_config(config)
+    measured = measure_bytes(small, args)
+    rows = [(name, f"{value:,}", f"{measured[name]:,}") for name, value in predict_bytes(small, args).items()]
+    print(f"\nAt width {small.hidden_size}, {small.num_hidden_layers} layers, {small.stream_length} states:\n")
+    print(format_table(("what", "by formula", "measured"), rows))
+
+
+if __name__ == "__main__":
+    main()
