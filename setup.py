@@ -53,7 +53,7 @@ setup(
         "psutil>=5.9",
         "safetensors>=0.5",
         "tokenizers>=0.22",
-        "torch>=2.6",
+        "torch>=2.9",
         "tqdm>=4.66",
         "transformers>=5.23,<6",
     ],

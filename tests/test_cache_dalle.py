@@ -201,7 +201,7 @@ def test_crop_is_right_or_refused(length, num_removed):
     ids, cache = draw_ids(prior, 2), DalleCache(prior.config)
     feed(prior, cache, *ids[:, :length].split([min(3, length)] + [1] * (length - 3), dim=1))
     try:
-        cache.crop(num_removed)
+        cache.crop(-num_removed)
     except ValueError as error:
         assert "cannot go back" in str(error) and cache.get_seq_length() == length
         assert num_removed > length or length > 3 + 6, "a ring of 6 has lost nothing yet"
@@ -210,6 +210,8 @@ def test_crop_is_right_or_refused(length, num_removed):
         states = feed(prior, cache, *ids[:, length - num_removed :].split(1, dim=1))
         assert_same(prior, ids, states, ids.shape[1] - states.shape[1])
     assert not cache.is_croppable
+    with pytest.raises(ValueError, match="as a negative one, not 2"):
+        cache.crop(2)
 
 
 # ------------------------------------------------------------------------------------------------------------- sizes

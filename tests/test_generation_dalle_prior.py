@@ -55,6 +55,12 @@ def test_the_default_cache_is_our_own_except_where_states_are_taken_back():
     kinds.clear()
     start = prior.generate(**caption, do_sample=False, prompt_lookup_num_tokens=3, max_new_tokens=IMAGE - 4)
     assert start.equal(ids[:, :-4]) and set(kinds) == {DynamicCache}
+    guess = {"prompt_lookup_num_tokens": 3, "max_new_tokens": IMAGE - 4}
+    try:  # one that was asked for goes back where it holds all that will be seen, or says that it cannot
+        again = prior.generate(**caption, do_sample=False, past_key_values=DalleCache(prior.config), **guess)
+        assert again.equal(start)
+    except ValueError as error:
+        assert "cannot go back" in str(error)
     for options in ({"past_key_values": DalleCache(prior.config)}, {"cache_implementation": "dynamic"}):
         assert prior.generate(**caption, do_sample=False, **options).equal(ids)
     output = prior.generate(**caption, do_sample=False, return_dict_in_generate=True)

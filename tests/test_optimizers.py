@@ -86,6 +86,7 @@ def test_image_tokens_are_hidden_from_later_states_only(home, tmp_path):
     ("settings", "words"),
     [
         ({"optimizer": "sgd"}, "`optimizer` is 'sgd'; expected"),
+        ({"optimizer": "muon", "mixed_precision": "fp16"}, "`optimizer: muon` does not go with fp16"),
         ({"image_token_dropout": 1.5}, "`image_token_dropout` is 1.5; expected a number in \\[0, 1\\]"),
         ({"muon_learning_rate": -1}, "`muon_learning_rate` is -1.0; expected a number from 0"),
     ],

@@ -346,6 +346,9 @@ def test_training_under_flex_on_a_cpu_is_refused():
     ids = draw_ids(prior)
     with pytest.raises(ValueError, match="no backward pass on a device of type 'cpu', only on cuda.*='sdpa'.*no_grad"):
         prior(ids, labels=ids)
+    prior.requires_grad_(False).model.layers[0].self_attn.q_proj.requires_grad_(True)  # as with an adapter
+    with pytest.raises(ValueError, match="no backward pass on a device of type 'cpu'"):
+        prior(ids, labels=ids)
 
 
 def test_flex_on_a_device_that_it_does_not_know_is_refused():

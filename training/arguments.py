@@ -184,6 +184,8 @@ class PriorArguments(TrainArguments):
             raise ValueError("`lora_rank` needs `init_from`: adapters change a model that is trained already.")
         if self.lora_rank is None and (self.lora_alpha or self.lora_dropout or self.lora_target_modules):
             raise ValueError("`lora_alpha`, `lora_dropout` and `lora_target_modules` do nothing without `lora_rank`.")
+        if self.optimizer == "muon" and self.mixed_precision == "fp16":
+            raise ValueError("`optimizer: muon` does not go with fp16, whose scale is for one optimizer: use bf16.")
         if self.tokens_column is not None and self.resize_range is not None:
             raise ValueError("`resize_range` does nothing to stored tokens: precompute_image_tokens.py augments them.")
         if self.caption_dropout == 0 and not all(prompt.strip() for prompt in self.validation_prompts or ()):

@@ -140,13 +140,18 @@ class DalleCache(Cache):
         """
         Removes the newest states.
 
+        Args:
+            tokens_to_remove (`int`): how many of them, as a negative number, as transformers has it.
+
         Raises:
-            `ValueError`: where earlier states that would be seen again are kept no more.
+            `ValueError`: for a positive number, or where earlier states that would be seen again are kept no more.
         """
+        if tokens_to_remove > 0:
+            raise ValueError(f"`crop` takes the number of states to remove as a negative one, not {tokens_to_remove}.")
         if not all(layer.can_crop(tokens_to_remove) for layer in self.layers):
             raise ValueError(
                 f"A `DalleCache` of {self.get_seq_length()} states keeps only what later states see and cannot go back"
-                f" by {tokens_to_remove}: use a `DynamicCache(config=model.config)`."
+                f" by {-tokens_to_remove}: use a `DynamicCache(config=model.config)`."
             )
         super().crop(tokens_to_remove)
 
@@ -232,6 +237,10 @@ class DalleCacheLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes of its buffers."""
         return sum(buffer.nbytes for buffer in self._buffers()) if self.is_initialized else 0
+
+    def is_on(self, device: torch.device) -> bool:
+        """Whether its buffers are on that device."""
+        return self.is_initialized and self.keys.device.type == device.type
 
     @property
     def batch_size(self) -> int:
@@ -378,16 +387,16 @@ class DalleCacheLayer(CacheLayerMixin):
             self.keys, self.values = (part.repeat_interleave(repeats, dim=0) for part in (self.keys, self.values))
 
     def can_crop(self, tokens_to_remove: int) -> bool:
-        """Whether all that would be seen again without the newest states is still kept."""
-        length = self.length - tokens_to_remove
+        """Whether all that would be seen again without the newest states, a negative number, is still kept."""
+        length = self.length + tokens_to_remove
         num_left = max(length - self.text_length, 0)
         first_kept = self.num_image_states - self.layout.num_slots
         first_seen = num_left - self.layout.num_rings * (self.layout.ring_length - 1)
         return length >= 0 and (num_left == 0 or first_kept <= max(first_seen, 0))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the newest states, if [`~DalleCacheLayer.can_crop`]."""
-        self.length -= tokens_to_remove
+        """Removes the newest states, a negative number, if [`~DalleCacheLayer.can_crop`]."""
+        self.length += tokens_to_remove
 
 
 @cache

@@ -51,7 +51,7 @@ class DalleDrawingMixin:
         if num_fitting < len(grids):
             drop_kept(self.prior)
             num_fitting = count_fitting(self.dvae, tokens.device, bytes_each)
-        batch_size = min(max_batch_size or num_fitting, num_fitting, len(grids))
+        batch_size = min(num_fitting if max_batch_size is None else max_batch_size, num_fitting, len(grids))
         with explain_out_of_memory("decoding", batch_size):
             return torch.cat([self.dvae.decode(part).sample for part in grids.split(batch_size)])
 
@@ -108,7 +108,8 @@ class DalleDrawingMixin:
                 num_prefix_tokens=num_given,
                 num_images_per_prefix=num_prompts * num_images_per_prompt // num_prefixes,
             )
-            max_batch_size = count_fitting(self.prior, self._execution_device, bytes_each, kept_bytes(self.prior))
+            device = self._execution_device
+            max_batch_size = count_fitting(self.prior, device, bytes_each, kept_bytes(self.prior, device))
         return split_candidates(num_prompts, num_images_per_prompt, max_batch_size)
 
     def _draw_tokens(

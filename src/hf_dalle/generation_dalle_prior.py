@@ -29,7 +29,7 @@ class CompiledLayer:
         self.options, self._run, self.is_static = options, None, True
 
     def __getstate__(self):
-        return {**self.__dict__, "_run": None}  # what is compiled is not copied or saved
+        return {**self.__dict__, "_run": None, "is_static": True}  # what is compiled is not copied or saved
 
     def __call__(self, layer: nn.Module, hidden_states: torch.Tensor, window: DecodeWindow) -> torch.Tensor:
         if self._run is None:
@@ -37,6 +37,8 @@ class CompiledLayer:
         if self._run is not run_layer:
             try:
                 return self._run(layer, hidden_states, window)
+            except torch.OutOfMemoryError:
+                raise  # no fault of the compiler's
             except Exception as error:  # of a compiler, of any kind; what is wrong with the call comes again below
                 logger.warning(f"Compiling failed, drawing goes on without: {type(error).__name__}: {error}")
                 self._run, self.is_static = run_layer, False

@@ -29,7 +29,7 @@ from .generation_dalle_prior import DallePriorGenerationMixin, run_layer
 from .image_attention import stream_attention_mask
 from .linear_dalle import DalleLinear, DallePriorHead
 from .losses import mean_cross_entropy, prior_loss
-from .sparse_attention import attend_in_blocks, choose_start_mask
+from .sparse_attention import attend_in_blocks, check_flex_device, choose_start_mask
 
 
 @dataclass
@@ -410,8 +410,9 @@ class DallePriorAttention(nn.Module):
             sizes = (config.text_length, config.image_grid_size, config.conv_kernel_size)
             output = attend_in_blocks(query, key, value, self.attention_type, *sizes, self.scaling, dropout)
             return self.o_proj(output.transpose(1, 2).flatten(2)), None
-        if implementation == "flex_attention" and not is_start:
-            implementation = "sdpa"  # a step after earlier states is too small for a block mask
+        if implementation == "flex_attention":
+            check_flex_device(query, key, value)  # with adapters, what comes in may want no gradient
+            implementation = implementation if is_start else "sdpa"  # a later step is too small for a block mask
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         kwargs.update(scaling=self.scaling, dropout=dropout)
         output, weights = attend(self, query, key, value, attention_mask, **kwargs)

@@ -204,9 +204,10 @@ def draw_image_tokens(
     return _draw(prior, torch.cat(streams), num_texts, tokens, prefix_length, uniforms, guidance_scale, filters)
 
 
-def kept_bytes(prior: DallePriorForCausalLM) -> int:
-    """Bytes of the buffers that are kept for the prior's next drawing, which uses them or frees them first."""
-    return _kept_caches[prior].nbytes if prior in _kept_caches else 0
+def kept_bytes(prior: DallePriorForCausalLM, device: torch.device | None = None) -> int:
+    """Bytes, on one device or all, that are kept for the prior's next drawing, which uses them or frees them first."""
+    cache = _kept_caches.get(prior)
+    return cache.nbytes if cache is not None and (device is None or cache.layers[0].is_on(device)) else 0
 
 
 def drop_kept(prior: DallePriorForCausalLM) -> None:

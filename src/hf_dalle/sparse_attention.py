@@ -150,18 +150,24 @@ def choose_start_mask(
     num_states, device = hidden_states.shape[1], hidden_states.device
     sizes = (attention_type, text_length, grid_size, kernel_size)
     if attn_implementation == "flex_attention":
-        known = _FLEX_TRAINING_DEVICES if hidden_states.requires_grad else _FLEX_DEVICES
-        if device.type not in known:
-            purpose = "has no backward pass" if device.type in _FLEX_DEVICES else "does not run"
-            raise ValueError(
-                f"FlexAttention {purpose} on a device of type {device.type!r}, only on {', '.join(known)}: use "
-                "attn_implementation='sdpa', which computes row, column and conv attention in blocks on any device"
-                + (", or call the model under torch.no_grad()." if device.type in _FLEX_DEVICES else ".")
-            )
+        check_flex_device(hidden_states)
         return flex_attention_mask(*sizes, num_states, device)
     if attn_implementation == "sdpa" and (attention_type == "full" or is_faster_in_blocks(*sizes, num_states)):
         return None
     return stream_attention_mask(*sizes, device)[None, None, :num_states, :num_states]
+
+
+def check_flex_device(*states: torch.Tensor) -> None:
+    """Raises `ValueError` where `"flex_attention"` does not run, or does not train and `states` want gradients."""
+    device = states[0].device.type
+    known = _FLEX_TRAINING_DEVICES if any(part.requires_grad for part in states) else _FLEX_DEVICES
+    if device not in known:
+        purpose = "has no backward pass" if device in _FLEX_DEVICES else "does not run"
+        raise ValueError(
+            f"FlexAttention {purpose} on a device of type {device!r}, only on {', '.join(known)}: use "
+            "attn_implementation='sdpa', which computes row, column and conv attention in blocks on any device"
+            + (", or call the model under torch.no_grad()." if device in _FLEX_DEVICES else ".")
+        )
 
 
 def attend_in_blocks(
@@ -194,7 +200,8 @@ def attend_in_blocks(
     num_image_states = query.shape[2] - text_length
     if attention_type == "full" or num_image_states <= 0:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout, scale=scale)
-    use_copies = query.device.type != "cpu" or dropout > 0
+    has_kernel = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
+    use_copies = query.device.type != "cpu" or dropout > 0 or not has_kernel
     sizes = (attention_type, grid_size, kernel_size)
     plan = plan_image_blocks(*sizes, num_image_states, text_length if use_copies else 0)
     masks = [_additive_mask(*sizes, blocks, query.dtype, query.device) for blocks in plan]
