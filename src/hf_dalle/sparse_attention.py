@@ -78,7 +78,7 @@ def plan_image_blocks(
         `tuple` of [`ImageBlocks`]: each state is a query in exactly one block.
     """
     if attention_type == "column":
-        num_rows, num_longer = divmod(num_states, grid_size)  # so many columns have one state more
+        num_rows, num_longer = num_states // grid_size, num_states % grid_size  # so many columns have one state more
         first = num_longer * (num_rows + 1)
         plan = [
             ImageBlocks(0, 0, num_rows + 1, num_rows + 1, num_longer),
@@ -95,7 +95,7 @@ def plan_image_blocks(
     size = min(range(16, max(reach, 16) + 16, 16), key=count_keys)
     num_before = math.ceil(reach / size) * size
     num_first = min(num_states, num_before)
-    num_blocks, num_last = divmod(num_states - num_first, size)
+    num_blocks, num_last = (num_states - num_first) // size, (num_states - num_first) % size
     last = num_states - num_last
     plan = [
         ImageBlocks(0, 0, num_first, num_first, 1),
