@@ -156,6 +156,8 @@ def test_chunk_sizes_that_are_none_are_refused(pipe, max_batch_size):
     handle = pipe.prior.register_forward_pre_hook(lambda *args: calls.append(args))
     with pytest.raises(ValueError, match=f"`max_batch_size` is {max_batch_size!r}; expected a whole number from 1"):
         draw(pipe, max_batch_size=max_batch_size)
+    with pytest.raises(ValueError, match=f"`max_batch_size` is {max_batch_size!r}; expected a whole number from 1"):
+        pipe.decode_tokens(torch.zeros(1, pipe.prior.config.num_image_tokens, dtype=torch.int64), max_batch_size)
     handle.remove()
     assert calls == []
 

@@ -35,6 +35,14 @@ class Chunk(NamedTuple):
         return self.images.stop - self.images.start
 
 
+def check_max_batch_size(max_batch_size: int | None) -> None:
+    """Raises `ValueError` for what is no number of pictures to draw or decode at once."""
+    if max_batch_size is not None and not (isinstance(max_batch_size, int) and max_batch_size > 0):
+        raise ValueError(
+            f"`max_batch_size` is {max_batch_size!r}; expected a whole number from 1, or None for what fits."
+        )
+
+
 def split_candidates(num_prompts: int, num_images_per_prompt: int, max_batch_size: int) -> list[Chunk]:
     """
     Splits B prompts times n images, a prompt's images side by side, into chunks of at most `max_batch_size` images.

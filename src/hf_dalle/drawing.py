@@ -12,6 +12,7 @@ from PIL import Image
 
 from .candidates import (
     Chunk,
+    check_max_batch_size,
     count_decoding_bytes,
     count_drawing_bytes,
     count_fitting,
@@ -45,6 +46,7 @@ class DalleDrawingMixin:
         Returns:
             `torch.Tensor`: B x 3 x H x W in [0, 1].
         """
+        check_max_batch_size(max_batch_size)
         grids = tokens.unflatten(1, (self.dvae.image_grid_size, -1))
         bytes_each = count_decoding_bytes(self.dvae.config, self.dvae.dtype)
         num_fitting = count_fitting(self.dvae, tokens.device, bytes_each)

@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
 from .autoencoder_dalle_dvae import DalleDVAE
-from .candidates import explain_out_of_memory
+from .candidates import check_max_batch_size, explain_out_of_memory
 from .drawing import DalleDrawingMixin
 from .image_processing_dalle import DalleImageProcessor
 from .lora_dalle import DalleLoraLoaderMixin
@@ -245,10 +245,7 @@ class DALLEPipeline(DalleDrawingMixin, DalleLoraLoaderMixin, DallePublishingMixi
             raise ValueError("A prompt is empty, which only a prior trained with caption dropout can draw from.")
         if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` is {num_images_per_prompt!r}; expected a whole number from 1.")
-        if max_batch_size is not None and not (isinstance(max_batch_size, int) and max_batch_size > 0):
-            raise ValueError(
-                f"`max_batch_size` is {max_batch_size!r}; expected a whole number from 1, or None for what fits."
-            )
+        check_max_batch_size(max_batch_size)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` is {output_type!r}; expected 'pil', 'np', 'pt' or 'latent'.")
         unknown = sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs))
