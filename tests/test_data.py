@@ -11,19 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny import build_tokenizer
-from tiny_training import draw_picture, encode_picture, list_rows, write_parquet
+from tiny_data import draw_picture, encode_picture, list_rows, write_parquet
 from torch.utils.data import DataLoader
 
 from hf_dalle import DalleImageProcessor, encode_captions
 from hf_dalle.data import (
     CaptionImageCollator,
     CaptionImageDataset,
-    EpochBatchSampler,
     RandomCrop,
     load_rows,
     open_picture,
     read_in_order,
 )
+from hf_dalle.row_order import EpochBatchSampler
 
 
 def write_imagefolder(folder, rows):
@@ -86,7 +86,7 @@ def test_captions_may_be_strings(tmp_path):
     dataset = CaptionImageDataset(load_rows(str(tmp_path)), image_processor=processor, caption_column="text")
     assert dataset[0]["caption"] == "red and green"
     without = CaptionImageDataset(load_rows(str(tmp_path)), image_processor=processor, caption_column=None)
-    assert without[0].keys() == {"pixel_values", "skipped"}
+    assert without[0].keys() == {"pixel_values", "key", "skipped"}
 
 
 def test_one_of_several_captions_is_drawn_in_training_only():
@@ -120,6 +120,10 @@ def test_missing_and_damaged_folders_are_named(tmp_path):
         (tmp_path / "train.parquet").write_bytes(damaged)
         with pytest.raises(OSError, match="(?s)'train'.*cannot be read"):
             load_rows(str(tmp_path))
+    write_parquet(tmp_path / "train.parquet", list_rows())
+    (tmp_path / "train.parquet").rename(tmp_path / "train-00001-of-00003.parquet")
+    with pytest.raises(OSError, match="train-00000-of-00003.parquet is missing"):
+        load_rows(str(tmp_path))
     for sources in ({}, {"train_data_dir": "a", "dataset_name": "b"}):
         with pytest.raises(ValueError, match="exactly one"):
             load_rows(**sources)
@@ -157,12 +161,14 @@ def test_a_broken_row_gives_way_to_the_next_whole_one():
         with pytest.raises(ValueError, match=reason):
             dataset.read_row(row)
         item = dataset[2, row]
-        assert item["skipped"].keys() == set(range(row, 6)) and reason in item["skipped"][row]
+        assert item["skipped"].keys() == {row} and reason in item["skipped"][row]
         assert torch.equal(item["pixel_values"], dataset[2, 6]["pixel_values"])
         assert item["caption"] == dataset[2, 6]["caption"]
         assert item["skipped"] == dataset[1, row]["skipped"]  # the same words each time, so that it counts once
+        assert item["key"] == (0, 2, 6)  # the row's that stands in
     batch = CaptionImageCollator()([dataset[0], dataset[3], dataset[1]])
-    assert batch["pixel_values"].shape == (3, 3, 16, 16) and batch["skipped"].keys() == set(reasons)
+    assert batch["pixel_values"].shape == (3, 3, 16, 16) and batch["skipped"].keys() == {1, 3}
+    assert batch["row_ids"].tolist() == [[0, 0], [0, 6], [0, 6]]
 
 
 def test_the_last_row_gives_way_to_the_first():
@@ -187,6 +193,8 @@ def test_validation_leaves_broken_rows_out():
     assert torch.equal(batch["pixel_values"], torch.stack([dataset[index]["pixel_values"] for index in (0, 6)]))
     with pytest.raises(ValueError, match="None of the 5 rows"):
         list(read_in_order(build_dataset(rows[1:6], is_training=False), 2, collator))
+    some = read_in_order(build_dataset(list_rows(), is_training=False), 4, collator, max_samples=6)
+    assert [len(batch["input_ids"]) for batch in some] == [4, 2]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -290,44 +298,6 @@ def test_ranges_are_checked(ranges):
 # --------------------------------------------------------------------------------------------------------- batches
 
 
-def take(sampler, num_batches):
-    return list(itertools.islice(sampler, num_batches))
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    num_rows=st.integers(1, 12),
-    batch_size=st.integers(1, 7),
-    num_processes=st.integers(1, 3),
-    start_batch=st.integers(0, 9),
-    seed=st.integers(0, 3),
-)
-def test_batches_of_epochs(num_rows, batch_size, num_processes, start_batch, seed):
-    def build(start=0, process=0, processes=num_processes):
-        return EpochBatchSampler(num_rows, batch_size, seed, start, process, processes)
-
-    # all processes' batches, in turn, are the one stream
-    parts = [take(build(process=process), 20) for process in range(num_processes)]
-    joined = [batch for turn in zip(*parts, strict=True) for batch in turn]
-    assert joined == take(build(processes=1), 20 * num_processes)
-    # each epoch is a permutation of the rows
-    stream = [key for batch in joined for key in batch]
-    for epoch in range(len(stream) // num_rows):
-        keys = stream[epoch * num_rows : (epoch + 1) * num_rows]
-        assert {key[0] for key in keys} == {epoch} and sorted(key[1] for key in keys) == list(range(num_rows))
-    # starting later is passing over
-    for process, part in enumerate(parts):
-        assert take(build(start_batch, process), 5) == part[start_batch : start_batch + 5]
-
-
-def test_epochs_and_seeds_differ():
-    orders = {tuple(row for _, row in take(EpochBatchSampler(50, 50, seed), 3)[epoch])
-              for seed in range(3) for epoch in range(3)}  # fmt: skip
-    assert len(orders) == 9
-    with pytest.raises(ValueError, match="no rows"):
-        EpochBatchSampler(0, 1)
-
-
 def test_workers_give_the_same_batches():
     rows = list_rows()[:6]
     rows[2]["captions"] = []
@@ -338,7 +308,7 @@ def test_workers_give_the_same_batches():
         loader = DataLoader(
             dataset, batch_sampler=EpochBatchSampler(6, 4), collate_fn=collator, num_workers=num_workers
         )
-        batches[num_workers] = take(loader, 5)
+        batches[num_workers] = list(itertools.islice(loader, 5))
     for one, other in zip(*batches.values(), strict=True):
         assert one.keys() == other.keys() and one["skipped"] == other["skipped"]
         assert all(torch.equal(one[key], other[key]) for key in one if key != "skipped")
@@ -358,12 +328,14 @@ def test_caption_dropout_empties_its_share():
 
 def test_bpe_dropout_is_in_the_collator_that_asks_for_it_alone():
     tokenizer = build_tokenizer()
-    items = [{"caption": "a glossy 3d style emoji of hedgehog"}] * 20
+    items = [{"caption": "a glossy 3d style emoji of hedgehog", "key": (0, 0, row)} for row in range(20)]
     expected = encode_captions(tokenizer, [items[0]["caption"]], 40)["input_ids"][0]
     whole = CaptionImageCollator(tokenizer, 40)(items)["input_ids"]
     assert (whole == expected).all()
     dropped = CaptionImageCollator(tokenizer, 40, bpe_dropout=0.5)(items)["input_ids"]
     assert len(torch.unique(dropped, dim=0)) > 10
+    again = CaptionImageCollator(tokenizer, 40, bpe_dropout=0.5)(items[::-1])["input_ids"]
+    assert torch.equal(again.flip(0), dropped)  # each from its own key
     assert torch.equal(CaptionImageCollator(tokenizer, 40)(items)["input_ids"], whole)
 
 
@@ -375,6 +347,6 @@ def test_views_of_stored_tokens():
     assert set(drawn) == {(1, 2), (3, 4)} and dataset[0]["image_tokens"].dtype == torch.int64
     first = CaptionImageDataset(rows, tokens_column="image_tokens", is_training=False)
     assert {tuple(first[epoch, 0]["image_tokens"].tolist()) for epoch in range(9)} == {(1, 2)}
-    assert dataset[1]["skipped"] == {1: "no tokens", 2: "no tokens"}
+    assert dataset[1]["skipped"] == {1: "no tokens"} and dataset[2]["skipped"] == {2: "no tokens"}
     batch = CaptionImageCollator()([first[0], first[0]])
     assert batch["image_tokens"].tolist() == [[1, 2], [1, 2]]

@@ -1,27 +1,20 @@
-"""What the tests of training share: a tiny caption-image set on disk, settings of runs that take seconds, and runs.
+"""What the tests of training share: settings of runs that take seconds, and runs. Their data is `tiny_data`'s."""
 
-A picture has a left and a right half, each of one colour, so that its caption tells everything about it.
-"""
-
-import io
-import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import torch
 import train
 import yaml
 from accelerate.state import AcceleratorState, GradientState
-from PIL import Image
+from tiny_data import COLOURS, draw_picture, encode_picture, list_rows, write_parquet  # noqa: F401, for tests
 
-from hf_dalle import train_tokenizer
+from hf_dalle import DalleDVAE, DalleImageProcessor, train_tokenizer
 
 
 ROOT = Path(__file__).parent.parent
-COLOURS = ("red", "green", "blue", "orange", "white")
 VALIDATION = {"validation_split": "validation", "validation_steps": 20}
 ATTENTION = ["full", "row"]
 MODEL = {
@@ -33,36 +26,6 @@ MODEL = {
     "decoder_in_channels": 64,
     "layers_per_block": 1,
 }
-
-
-def draw_picture(left: str, right: str) -> Image.Image:
-    picture = Image.new("RGB", (16, 16), left)
-    picture.paste(Image.new("RGB", (8, 16), right), (8, 0))
-    return picture
-
-
-def encode_picture(picture: Image.Image, image_format: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    picture.save(file, image_format)
-    return file.getvalue()
-
-
-def list_rows() -> list[dict]:
-    """All 20 pictures of two colours, each with two captions."""
-    return [
-        {"image": draw_picture(left, right), "captions": [f"{left} and {right}", f"{right} beside {left}"]}
-        for left, right in itertools.permutations(COLOURS, 2)
-    ]
-
-
-def write_parquet(path: Path, rows: list[dict]) -> Path:
-    """Rows whose pictures are PIL's, bytes or `None`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    images = [encode_picture(row["image"]) if isinstance(row["image"], Image.Image) else row["image"] for row in rows]
-    table = {name: [row[name] for row in rows] for name in rows[0]}
-    table["image"] = [None if image is None else {"bytes": image, "path": None} for image in images]
-    datasets.Dataset.from_dict(table).cast_column("image", datasets.Image()).to_parquet(path)
-    return path
 
 
 def write_data(folder: Path) -> Path:
@@ -161,6 +124,17 @@ def build_home(folder: Path) -> Path:
     write_tokenizer(folder / "tokenizer")
     settings = dvae_settings(folder / "data", folder / "dvae", **VALIDATION, initial_kl_per_token=2.5)
     run({**settings, "weights_dtype": "float16", "report_to": "tensorboard", "resize_range": [1.0, 1.0]})
+    return folder
+
+
+def build_untrained_home(folder: Path) -> Path:
+    """Data, a tokenizer and a dVAE that was never trained: what costs no time."""
+    write_data(folder / "data")
+    write_tokenizer(folder / "tokenizer")
+    with torch.random.fork_rng(devices=[]):
+        torch.random.set_rng_state(torch.Generator().manual_seed(0).get_state())
+        DalleDVAE(**MODEL).save_pretrained(folder / "dvae")
+    DalleImageProcessor(size=MODEL["sample_size"]).save_pretrained(folder / "dvae")
     return folder
 
 

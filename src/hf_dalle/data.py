@@ -1,11 +1,14 @@
 """Caption-image datasets for training: rows on disk to batches of tensors, for both stages and the store of tokens.
 
-Reads parquet or an imagefolder with metadata. An item depends on (seed, epoch, row) alone, never on a worker's state,
-so a resumed run meets the same pictures. Rows that cannot be used are skipped and named in the batch.
+Reads parquet, an imagefolder with metadata, WebDataset tar shards, or any set that `datasets` can stream. An item
+depends on (seed, epoch, row) alone, never on a worker's state, so a resumed run meets the same pictures; their order
+is `row_order`'s, items of rows in sequence `streams`'. Rows that cannot be used are skipped and named in the batch.
 """
 
+import glob
 import io
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import datasets
@@ -13,17 +16,20 @@ import numpy as np
 import torch
 from datasets.exceptions import DatasetsError
 from PIL import Image, UnidentifiedImageError
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .image_processing_dalle import DalleImageProcessor, convert_to_rgb
-from .tokenization_dalle import bpe_dropout, encode_captions
+from .row_order import DatasetShards, Shards
+from .tar_shards import TarRows, TarShards
+from .tokenization_dalle import BpeDropout, encode_captions
 
 
 logger = logging.get_logger(__name__)
 
 MAX_BROKEN_ROWS = 1000  # as many one after the other are no accident
+MERGES = 1  # keeps the random numbers of BPE dropout apart from those of the item
 
 
 def load_rows(
@@ -31,17 +37,25 @@ def load_rows(
     dataset_name: str | None = None,
     split: str = "train",
     image_column: str = "image",
-) -> datasets.Dataset:
+    streaming: bool = False,
+) -> datasets.Dataset | TarRows | Shards:
     """
     Opens one split of a caption-image set. Pictures stay encoded bytes until an item is read.
 
     Args:
-        train_data_dir (`str`, *optional*): a folder with `{split}.parquet` or `{split}-*.parquet`, or an imagefolder:
-            pictures beside a `metadata.jsonl` (or .csv, .parquet), in a folder named by the split, or in the folder
-            itself (which then is the split "train", unless its sub-folders are named by splits).
+        train_data_dir (`str`, *optional*): a folder with `{split}.parquet` or `{split}-*.parquet`; with tar shards
+            `{split}.tar`, `{split}-*.tar` or `{split}/*.tar` (or `*.tar`, which then is the split "train"); or an
+            imagefolder: pictures beside a `metadata.jsonl` (or .csv, .parquet), in a folder named by the split, or in
+            the folder itself (which then is the split "train", unless its sub-folders are named by splits). Or a
+            pattern of tar shards, `/data/*.tar` or `/data/{split}-*.tar`.
         dataset_name (`str`, *optional*): a data set's name on the Hub; one of the two must be given.
         split (`str`): the split's name.
         image_column (`str`): left encoded if it holds pictures.
+        streaming (`bool`): read in sequence, shard by shard, nothing downloaded, converted or indexed before.
+
+    Returns:
+        `datasets.Dataset` or [`~hf_dalle.tar_shards.TarRows`], rows by number; or where `streaming` shards,
+        [`~hf_dalle.row_order.DatasetShards`] or [`~hf_dalle.tar_shards.TarShards`].
 
     Raises:
         OSError: if there is nothing to read there, or it is damaged.
@@ -51,30 +65,63 @@ def load_rows(
         raise ValueError("Give exactly one of `train_data_dir` and `dataset_name`.")
     try:
         if dataset_name is not None:
-            rows = datasets.load_dataset(dataset_name, split=split)
+            rows = datasets.load_dataset(dataset_name, split=split, streaming=streaming)
         else:
-            rows = _load_folder(Path(train_data_dir), split)
+            rows = _load_folder(Path(train_data_dir), split, streaming)
     except (ValueError, DatasetsError) as error:
         reason = error.__cause__ or error
         raise OSError(f"Split {split!r} of {train_data_dir or dataset_name} cannot be read: {reason}") from error
-    if image_column in rows.column_names and isinstance(rows.features[image_column], datasets.Image):
-        rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    if not isinstance(rows, TarRows | TarShards):
+        if isinstance((rows.features or {}).get(image_column), datasets.Image):
+            rows = rows.cast_column(image_column, datasets.Image(decode=False))
+        if streaming:
+            rows = DatasetShards(rows, name=f"{train_data_dir or dataset_name}")
     return rows
 
 
-def _load_folder(folder: Path, split: str) -> datasets.Dataset:
+def _load_folder(folder: Path, split: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset | TarRows:
     parquet = sorted(str(path) for path in (*folder.glob(f"{split}.parquet"), *folder.glob(f"{split}-*.parquet")))
     if parquet:
-        return datasets.load_dataset("parquet", data_files={split: parquet}, split=split)
+        _check_complete(parquet)
+        return datasets.load_dataset("parquet", data_files={split: parquet}, split=split, streaming=streaming)
+    tars = _find_tars(folder, split)
+    if tars:
+        _check_complete(map(str, tars))
+        return TarShards(tars) if streaming else TarRows(tars)
     if _has_metadata(folder / split):
         pictures = {split: str(folder / split / "**")}
-        return datasets.load_dataset("imagefolder", data_files=pictures, split=split)
+        return datasets.load_dataset("imagefolder", data_files=pictures, split=split, streaming=streaming)
     if _has_metadata(folder):
-        return datasets.load_dataset("imagefolder", data_dir=str(folder), split=split)
+        return datasets.load_dataset("imagefolder", data_dir=str(folder), split=split, streaming=streaming)
     raise OSError(
-        f"Found neither {split}.parquet, {split}-*.parquet nor pictures with a metadata.jsonl or metadata.csv in"
-        f" {folder}. Is the path right, and has the data been prepared?"
+        f"Found neither {split}.parquet, {split}-*.parquet, tar shards nor pictures with a metadata.jsonl or"
+        f" metadata.csv in {folder}. Is the path right, and has the data been prepared?"
     )
+
+
+def _check_complete(paths: Iterable[str]) -> None:
+    """Names the shards that are missing where the names tell how many there are, `train-00000-of-00002.parquet`."""
+    counted = [match.groups() for match in map(re.compile(r"(.*)-(\d+)-of-(\d+)\.(\w+)").fullmatch, paths) if match]
+    found = {(name, int(index), num_shards, ending) for name, index, num_shards, ending in counted}
+    for name, num_shards, ending in sorted({(name, *rest) for name, _, *rest in found}):
+        for index in range(int(num_shards)):
+            if (name, index, num_shards, ending) not in found:
+                raise ValueError(f"shard {name}-{index:0{len(num_shards)}}-of-{num_shards}.{ending} is missing")
+
+
+def _find_tars(folder: Path, split: str) -> list[Path]:
+    """Tar shards of a split in a folder, or where `folder` is a pattern, those that fit it."""
+    if "*" in str(folder):
+        if "{split}" not in str(folder) and split != "train":
+            raise ValueError("a pattern without {split} is the split 'train'")
+        found = glob.glob(str(folder).replace("{split}", split), recursive=True)
+        wrong = [path for path in found if not path.endswith(".tar")]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is no .tar file, of which a pattern has to be")
+        return sorted(map(Path, found))
+    patterns = [f"{split}.tar", f"{split}-*.tar", f"{split}/*.tar"]
+    found = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    return found or (sorted(folder.glob("*.tar")) if split == "train" else [])
 
 
 def _has_metadata(folder: Path) -> bool:
@@ -129,16 +176,15 @@ class RandomCrop:
         return pixels.float() / 255
 
 
-class CaptionImageDataset(Dataset):
+class CaptionImageReader:
     """
-    Pictures, or the tokens precomputed from them, with a caption; indexed by `(epoch, row)`, or by row in epoch 0.
+    What becomes of a row: pictures, or the tokens precomputed from them, with a caption.
 
     An item is a dict of `caption` (str), `pixel_values` (3 x size x size in [0, 1]) or `image_tokens` (N longs), and
-    `skipped`, which is empty but where the row cannot be used: then the next that can stands in for it, so that
-    batches keep their size, and `skipped` gives the reason for each row passed over.
+    `key`, the ints that all its random choices follow from: seed, epoch and the row's place.
 
     Args:
-        rows (`datasets.Dataset`): from [`load_rows`].
+        rows (`datasets.Dataset`, `TarRows` or `Shards`): from [`load_rows`].
         seed (`int`): of all random choices: crop, which caption, which stored view, caption dropout.
         image_processor ([`DalleImageProcessor`]): prepares pictures where there is no `augmentation`.
         augmentation (`Callable`, *optional*): picture and `np.random.Generator` to pixels, e.g. [`RandomCrop`].
@@ -155,7 +201,7 @@ class CaptionImageDataset(Dataset):
 
     def __init__(
         self,
-        rows: datasets.Dataset,
+        rows: datasets.Dataset | TarRows | Shards,
         seed: int = 0,
         image_processor: DalleImageProcessor | None = None,
         augmentation: Callable[[Image.Image, np.random.Generator], torch.Tensor] | None = None,
@@ -170,30 +216,16 @@ class CaptionImageDataset(Dataset):
             if column not in rows.column_names:
                 raise ValueError(f"The data has no column {column!r}; it has {sorted(rows.column_names)}.")
         if tokens_column is not None:
-            _check_tokens(tokens_column, rows.features[tokens_column])
+            _check_tokens(tokens_column, getattr(rows, "features", {}).get(tokens_column))
         self.rows = rows.select_columns(columns)  # the others are not read
         self.seed, self.image_processor, self.augmentation = seed, image_processor, augmentation
         self.image_column, self.caption_column, self.tokens_column = image_column, caption_column, tokens_column
         self.caption_dropout, self.is_training = caption_dropout, is_training
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, key: int | tuple[int, int]) -> dict:
-        epoch, first = key if isinstance(key, tuple) else (0, key)
-        skipped = {}
-        for index in range(first, first + min(len(self), MAX_BROKEN_ROWS)):
-            index = index % len(self)
-            try:
-                return {**self.read_row(index, epoch), "skipped": skipped}
-            except ValueError as error:
-                skipped[index] = str(error)
-        raise ValueError(f"{len(skipped)} rows in succession cannot be used; row {first}: {skipped[first]}.")
-
-    def read_row(self, index: int, epoch: int = 0) -> dict:
-        """The item of this very row, without `skipped`; a `ValueError` says what is wrong with it."""
-        rng = np.random.default_rng((self.seed, epoch, index))
-        row, item = self.rows[index], {}
+    def make_item(self, row: dict, *place: int) -> dict:
+        """The item of a row at (epoch, row) or (epoch, shard, row); a `ValueError` says what is wrong with it."""
+        key = (self.seed, *place)
+        rng, item = np.random.default_rng(key), {"key": key}
         if self.caption_column is not None:
             item["caption"] = self._choose_caption(row[self.caption_column], rng)
         if self.tokens_column is not None:
@@ -222,6 +254,59 @@ class CaptionImageDataset(Dataset):
         return self.image_processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
 
 
+class CaptionImageDataset(CaptionImageReader, Dataset):
+    """
+    Items of [`CaptionImageReader`] by number: indexed by `(epoch, row)`, or by row in epoch 0.
+
+    An item has `skipped` too, which is empty but where the row cannot be used: then the next that can stands in for
+    it, so that batches keep their size, and `skipped` names the row asked for, with the reason. Rows have their number
+    for a name, those of tar shards `shard.tar/key`.
+    """
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+        epoch, first = key if isinstance(key, tuple) else (0, key)
+        skipped = {}
+        for num_broken in range(min(len(self), MAX_BROKEN_ROWS)):
+            try:
+                return {**self.read_row((first + num_broken) % len(self), epoch), "skipped": skipped}
+            except ValueError as error:
+                # Those in between are named when it is their turn: a row in a run of broken ones counts once an epoch.
+                skipped = skipped or {self.name_row(first): str(error)}
+        reason = next(iter(skipped.values()), "there is none")
+        raise ValueError(f"{num_broken + 1} rows in succession cannot be used; row {first}: {reason}.")
+
+    def read_row(self, index: int, epoch: int = 0) -> dict:
+        """The item of this very row, without `skipped`; a `ValueError` says what is wrong with it."""
+        return self.make_item(self.rows[index], epoch, index)
+
+    def read_all(self) -> Iterator[tuple[int | str, dict | ValueError]]:
+        """The name of each row with its item of epoch 0 or, where the row cannot be used, the error, in order."""
+        for index in range(len(self)):
+            yield self.name_row(index), catch_error(self.read_row, index)
+
+    def draw_items(self, num_items: int) -> list[dict]:
+        """Some random rows' items, or all where there are not as many; the same ones each time."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed))
+        return [self[index] for index in order[:num_items].tolist()]
+
+    def name_row(self, index: int) -> int | str:
+        return self.rows.name_row(index) if isinstance(self.rows, TarRows) else index
+
+    def describe(self) -> str:
+        return f"{len(self):,} rows"
+
+
+def catch_error(read: Callable[..., dict], *args) -> dict | ValueError:
+    """What `read` gives, or the `ValueError` that it raises."""
+    try:
+        return read(*args)
+    except ValueError as error:
+        return error
+
+
 def _check_tokens(name: str, feature: object) -> None:
     tokens = getattr(getattr(feature, "feature", None), "feature", None)
     if not str(getattr(tokens, "dtype", None)).startswith("int"):
@@ -248,60 +333,16 @@ def open_picture(image: dict | bytes | Image.Image | None) -> Image.Image:
         raise ValueError(f"broken picture ({error})") from error
 
 
-class EpochBatchSampler(Sampler):
-    """
-    An endless stream of batches of `(epoch, row)`: each epoch a new permutation of all rows, cut into batches across
-    the epochs' borders. Process r of P takes every P-th batch, so the processes' union is the whole stream.
-
-    Args:
-        num_rows (`int`): of the data set.
-        batch_size (`int`): a process.
-        seed (`int`): of the permutations.
-        start_batch (`int`): batches of this process to pass over: where a resumed run goes on.
-        process_index, num_processes (`int`): this process among all.
-
-    Raises:
-        ValueError: if there are no rows.
-    """
-
-    def __init__(
-        self,
-        num_rows: int,
-        batch_size: int,
-        seed: int = 0,
-        start_batch: int = 0,
-        process_index: int = 0,
-        num_processes: int = 1,
-    ):
-        if num_rows < 1:
-            raise ValueError("The data set has no rows to train on.")
-        self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
-        self.start_batch, self.process_index, self.num_processes = start_batch, process_index, num_processes
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        batch, epoch, order = self.start_batch, -1, None
-        while True:
-            first = (batch * self.num_processes + self.process_index) * self.batch_size
-            keys = []
-            for position in range(first, first + self.batch_size):
-                if position // self.num_rows != epoch:
-                    epoch = position // self.num_rows
-                    order = np.random.default_rng((self.seed, epoch)).permutation(self.num_rows)
-                keys.append((epoch, int(order[position % self.num_rows])))
-            yield keys
-            batch += 1
-
-
 class CaptionImageCollator:
     """
-    Items of [`CaptionImageDataset`] to a batch: `pixel_values` or `image_tokens` stacked, captions as `input_ids` and
-    `attention_mask` (B x text_length) and `caption_dropped` (B booleans) where a tokenizer is given, and `skipped`,
-    the reason for each row passed over.
+    Items of [`CaptionImageReader`] to a batch: `pixel_values` or `image_tokens` stacked, captions as `input_ids` and
+    `attention_mask` (B x text_length) and `caption_dropped` (B booleans) where a tokenizer is given, `row_ids` (B x 2,
+    epoch and row, or B x 3, epoch, shard and row in it) and `skipped`, the reason for each row passed over.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`, *optional*): none leaves captions out.
         text_length (`int`, *optional*): text positions of the prior.
-        bpe_dropout (`float`): share of the tokenizer's merges skipped, in training.
+        bpe_dropout (`float`): share of the tokenizer's merges skipped, in training; drawn from the items' keys.
     """
 
     def __init__(
@@ -310,40 +351,51 @@ class CaptionImageCollator:
         text_length: int | None = None,
         bpe_dropout: float = 0.0,
     ):
-        self.tokenizer, self.text_length, self.bpe_dropout = tokenizer, text_length, bpe_dropout
+        self.tokenizer, self.text_length = tokenizer, text_length
+        self.bpe_dropout = BpeDropout(tokenizer, bpe_dropout) if bpe_dropout else None
 
     def __call__(self, items: list[dict]) -> dict:
         batch = {"skipped": {row: reason for item in items for row, reason in item.get("skipped", {}).items()}}
         for key in ("pixel_values", "image_tokens"):
             if key in items[0]:
                 batch[key] = torch.stack([item[key] for item in items])
+        if "key" in items[0]:
+            batch["row_ids"] = torch.tensor([item["key"][1:] for item in items])
         if self.tokenizer is not None:
             captions = [item["caption"] for item in items]
-            with bpe_dropout(self.tokenizer, self.bpe_dropout):
-                batch.update(encode_captions(self.tokenizer, captions, self.text_length))
+            seeds = [(*item["key"], MERGES) for item in items] if self.bpe_dropout else None
+            batch.update(encode_captions(self.tokenizer, captions, self.text_length, self.bpe_dropout, seeds))
             batch["caption_dropped"] = torch.tensor([caption == "" for caption in captions])
         return batch
 
 
-def read_in_order(dataset: CaptionImageDataset, batch_size: int, collator: CaptionImageCollator) -> Iterator[dict]:
+def read_in_order(
+    dataset: CaptionImageReader,
+    batch_size: int,
+    collator: CaptionImageCollator,
+    max_samples: int | None = None,
+) -> Iterator[dict]:
     """
-    Batches of a validation set: each usable row once. A row that cannot be used is left out, with a warning.
+    Batches of a validation set: each usable row once, or the first `max_samples` of them. A row that cannot be used is
+    left out, with a warning.
 
     Raises:
         ValueError: if no row can be used.
     """
-    items, num_items = [], 0
-    for index in range(len(dataset)):
-        try:
-            items.append(dataset.read_row(index))
-        except ValueError as error:
-            logger.warning_once(f"Skipped row {index} of the validation data: {error}")
+    items, num_items, num_rows = [], 0, 0
+    for name, item in dataset.read_all():
+        num_rows += 1
+        if isinstance(item, ValueError):
+            logger.warning_once(f"Skipped row {name} of the validation data: {item}")
             continue
+        items.append(item)
         num_items += 1
         if len(items) == batch_size:
             yield collator(items)
             items = []
+        if num_items == max_samples:
+            break
     if items:
         yield collator(items)
     if not num_items:
-        raise ValueError(f"None of the {len(dataset)} rows of the validation data can be used.")
+        raise ValueError(f"None of the {num_rows} rows of the validation data can be used.")
