@@ -1,10 +1,14 @@
 """The caption tokenizer, its BPE dropout, and the script that makes one from a caption set."""
 
+import itertools
 import json
+import math
+import pickle
 import random
 import subprocess
 import sys
 import unicodedata
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -13,11 +17,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from train_tokenizer import collect_captions, main
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_dalle import tokenization_dalle
-from hf_dalle.tokenization_dalle import PAD, START_OF_TEXT, bpe_dropout, encode_captions, train_tokenizer
+from hf_dalle.tokenization_dalle import PAD, START_OF_TEXT, BpeDropout, encode_captions, train_tokenizer
 
 
 STYLES = ["a noto", "a twemoji", "an outlined openmoji", "a flat fluent", "a glossy 3d"]
@@ -201,63 +206,157 @@ def test_encode_captions_refuses_what_is_no_text(tokenizer, captions):
 
 # -------------------------------------------------------------------------------------------------- BPE dropout
 
+HARD = [
+    "",
+    " ",
+    "a",
+    "emoji of emoji",
+    "Éa 🦔 ꙮ",
+    "👩‍👩‍👧‍👦 family",
+    "12345 67",
+    "don't  stop\t!",
+    "고슴도치 이모지",
+    "ﬁ İ ß",
+    "\x00\u2028",
+]
 
-def test_bpe_dropout_splits_words_and_ends_with_the_block(tokenizer):
-    plain = encode_captions(tokenizer, CAPTIONS, 64).input_ids
-    with bpe_dropout(tokenizer, 0.5):
-        dropped = [encode_captions(tokenizer, CAPTIONS, 64) for _ in range(2)]
-    assert not torch.equal(dropped[0].input_ids, dropped[1].input_ids)
-    assert dropped[0].attention_mask.sum() > (plain != 1).sum()
-    for caption, ids in zip(CAPTIONS, dropped[0].input_ids, strict=True):
-        assert tokenizer.decode(ids, skip_special_tokens=True) == caption.lower()
-    assert tokenizer.backend_tokenizer.model.dropout is None
-    assert torch.equal(encode_captions(tokenizer, CAPTIONS, 64).input_ids, plain)
+
+def encode_with_dropout(tokenizer, dropout, caption, seed):
+    encoding = tokenizer([caption], verbose=False)
+    return dropout(encoding["input_ids"][0], encoding.word_ids(0), seed)
+
+
+def count_with_library(tokenizer, p, caption, num_samples):
+    """How often the tokenizers library cuts a caption into which ids."""
+    tokenizer.backend_tokenizer.model.dropout = p
+    try:
+        return Counter(map(tuple, tokenizer([caption] * num_samples)["input_ids"]))
+    finally:
+        tokenizer.backend_tokenizer.model.dropout = None
+
+
+def test_bpe_dropout_of_0_changes_nothing(tokenizer):
+    dropout = BpeDropout(tokenizer, 0.0)
+    for caption in [*HARD, *CAPTIONS]:
+        assert encode_with_dropout(tokenizer, dropout, caption, 0) == tokenizer(caption)["input_ids"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.one_of(texts, st.lists(st.sampled_from(CAPTIONS)).map("".join)))
+def test_our_merges_are_the_librarys(tokenizer, text):
+    dropout, vocab, encoding = BpeDropout(tokenizer, 0.5), tokenizer.get_vocab(), tokenizer([text])
+    words = {}
+    for word_id, token in zip(encoding.word_ids(0), encoding["input_ids"][0], strict=True):
+        words.setdefault(word_id, []).append(token)
+    for word in [words[word_id] for word_id in words if word_id is not None]:
+        symbols = [vocab[symbol] for symbol in "".join(tokenizer.convert_ids_to_tokens(word))]
+        assert dropout._merge(symbols, itertools.repeat(False))[0] == word
+
+
+@settings(max_examples=100, deadline=None)
+@given(texts, st.floats(0, 1), st.integers(0))
+def test_any_text_comes_back_from_bpe_dropout(tokenizer, text, p, seed):
+    ids = encode_with_dropout(tokenizer, BpeDropout(tokenizer, p), text, seed)
+    assert ids[0] == 0 and 0 not in ids[1:]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == tokenizer.backend_tokenizer.normalizer.normalize_str(
+        text
+    )
+
+
+@pytest.mark.parametrize(("word", "p"), [("openmoji", 0.3), ("hedgehog", 0.1), ("hedgehog hedgehog", 0.5)])
+def test_bpe_dropout_has_the_statistics_of_the_library(tokenizer, word, p):
+    num_samples, dropout = 3000, BpeDropout(tokenizer, p)
+    theirs = count_with_library(tokenizer, p, word, num_samples)
+    ours = Counter(tuple(encode_with_dropout(tokenizer, dropout, word, (7, i))) for i in range(num_samples))
+    assert len(ours) > 8
+    for ids in theirs | ours:  # 6 standard deviations of the difference
+        assert abs(theirs[ids] - ours[ids]) < 6 * math.sqrt(theirs[ids] + ours[ids]) + 1
 
 
 def test_bpe_dropout_share(tokenizer):
-    # "emoji" alone: with p = 1 no merge happens (a space and five letters), with p = 0 all do.
-    with bpe_dropout(tokenizer, 1.0):
-        assert len(tokenizer("emoji")["input_ids"]) == 7
-    with bpe_dropout(tokenizer, 0.0):
-        assert len(tokenizer("emoji")["input_ids"]) == 2
+    for p, num_tokens in ((1.0, 7), (0.0, 2)):  # start-of-text, and a space and five letters or all merged
+        assert len(encode_with_dropout(tokenizer, BpeDropout(tokenizer, p), "emoji", 0)) == num_tokens
     two_letters = train_tokenizer(["q q", "q q"], 259, 8)  # the one merge is space + q
-    with bpe_dropout(two_letters, 0.1):
-        lengths = np.array([len(two_letters("q")["input_ids"]) for _ in range(2000)])
+    dropout = BpeDropout(two_letters, 0.1)
+    lengths = np.array([len(encode_with_dropout(two_letters, dropout, "q", seed)) for seed in range(2000)])
     # Skipped with probability 0.1: 5 standard deviations are 0.034.
     assert abs((lengths == 3).mean() - 0.1) < 0.034
 
 
-def test_bpe_dropout_is_restored_after_an_exception_and_in_nested_blocks(tokenizer, tmp_path):
-    with pytest.raises(RuntimeError), bpe_dropout(tokenizer, 0.3):
-        raise RuntimeError
-    assert tokenizer.backend_tokenizer.model.dropout is None
-    with bpe_dropout(tokenizer, 0.5):
-        with bpe_dropout(tokenizer, 1.0):
-            tokenizer.save_pretrained(tmp_path)
-            assert tokenizer.backend_tokenizer.model.dropout == 1.0
-        assert tokenizer.backend_tokenizer.model.dropout == 0.5
-    assert tokenizer.backend_tokenizer.model.dropout is None
-    assert "save_pretrained" not in vars(tokenizer)
-    assert json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["model"]["dropout"] is None
+def test_bpe_dropout_depends_on_the_seed_alone(tokenizer, monkeypatch):
+    before = serialize(tokenizer)
+    keys = [(0, epoch, row, 1) for epoch in range(2) for row in range(len(CAPTIONS))]
+    captions = CAPTIONS * 2
+    first = encode_captions(tokenizer, captions, 64, BpeDropout(tokenizer, 0.3), keys).input_ids
+    assert not torch.equal(*first.chunk(2))  # another epoch
+    # Another process, another batch, what was met before, and what was forgotten: all the same.
+    monkeypatch.setattr(tokenization_dalle, "MAX_PLANNED_WORDS", 3)
+    dropout = pickle.loads(pickle.dumps(BpeDropout(tokenizer, 0.3)))
+    for row in reversed(range(len(captions))):
+        ids = encode_captions(tokenizer, captions[row], 64, dropout, keys[row : row + 1]).input_ids
+        assert torch.equal(ids[0], first[row])
+    assert len(dropout._plans) <= 3
+    assert serialize(tokenizer) == before
+    plain = encode_captions(tokenizer, captions, 64)
+    assert (first != 1).sum() > plain.attention_mask.sum()
 
 
-def test_bpe_dropout_is_never_saved(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path / "plain")
-    with bpe_dropout(tokenizer, 0.7):
-        tokenizer.save_pretrained(tmp_path / "inside")
-        assert tokenizer.backend_tokenizer.model.dropout == pytest.approx(0.7)
-        with pytest.raises(OSError):
-            (tmp_path / "a file").write_text("")
-            tokenizer.save_pretrained(tmp_path / "a file" / "folder")
-        assert tokenizer.backend_tokenizer.model.dropout == pytest.approx(0.7)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / "inside" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+@settings(max_examples=100, deadline=None)
+@given(texts, st.integers(2, 9), st.integers(0, 99))
+def test_what_is_quoted_as_lost_covers_what_bpe_dropout_cuts(tokenizer, text, text_length, seed):
+    lost, dropout = [], BpeDropout(tokenizer, 0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenization_dalle, "_warn_cut", lambda caption, start, *_: lost.append(caption[start:]))
+        ids = encode_captions(tokenizer, [text], text_length, dropout, [seed]).input_ids[0]
+    assert len(lost) == (len(encode_with_dropout(tokenizer, dropout, text, seed)) > text_length)
+    if lost:
+        normalize = tokenizer.backend_tokenizer.normalizer.normalize_str
+        kept = tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
+        assert normalize(text).startswith(kept) and text.endswith(lost[0])
+        assert normalize(lost[0]).endswith(normalize(normalize(text)[len(kept) :]))
+
+
+def build_foreign(model, trainer, captions):
+    foreign = Tokenizer(model)
+    foreign.pre_tokenizer = pre_tokenizers.Whitespace()
+    foreign.train_from_iterator(captions, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=foreign, unk_token="[UNK]", pad_token="[PAD]")
+
+
+def test_bpe_dropout_of_tokenizers_with_word_ends_and_unknown_symbols():
+    trainer = trainers.BpeTrainer(special_tokens=["[UNK]", "[PAD]"], end_of_word_suffix="</w>", show_progress=False)
+    foreign = build_foreign(models.BPE(unk_token="[UNK]", end_of_word_suffix="</w>"), trainer, CAPTIONS)
+    caption = "an openmoji style hedge zzz"
+    plain, dropout = foreign(caption)["input_ids"], BpeDropout(foreign, 0.3)
+    assert foreign.unk_token_id in plain
+    ours = Counter(tuple(encode_with_dropout(foreign, dropout, caption, seed)) for seed in range(2000))
+    theirs = count_with_library(foreign, 0.3, caption, 2000)
+    assert encode_with_dropout(foreign, BpeDropout(foreign, 0.0), caption, 0) == plain
+    lengths = [np.repeat([len(ids) for ids in counts], list(counts.values())) for counts in (ours, theirs)]
+    assert lengths[0].std() > 1 and abs(lengths[0].mean() - lengths[1].mean()) < 0.2 * lengths[0].std()
+    for ids in ours:
+        assert "".join(foreign.convert_ids_to_tokens(ids)) == "".join(foreign.convert_ids_to_tokens(plain))
+
+
+def test_bpe_dropout_refuses_tokenizers_that_merge_otherwise(tokenizer):
+    special = {"special_tokens": ["[UNK]", "[PAD]"], "show_progress": False}
+    prefix = {"continuing_subword_prefix": "##"}
+    for model, trainer in (
+        (models.WordLevel(unk_token="[UNK]"), trainers.WordLevelTrainer(**special)),
+        (models.BPE(unk_token="[UNK]", **prefix), trainers.BpeTrainer(**special, **prefix)),
+    ):
+        foreign = build_foreign(model, trainer, CAPTIONS)
+        with pytest.raises(ValueError, match="BPE dropout is .* set it to 0"):
+            BpeDropout(foreign, 0.1)
+    other = BpeDropout(train_tokenizer(["hedge hog"] * 9, 300, 8), 0.1)
+    with pytest.raises(ValueError, match="merges in another way: set it to 0"):
+        other(next(iter(other._merges)), [0, 0], 0)  # two symbols of a word, which its first rule would merge
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.1, float("nan")])
 def test_bpe_dropout_refuses_what_is_no_probability(tokenizer, p):
-    with pytest.raises(ValueError, match="probability"), bpe_dropout(tokenizer, p):
-        pass
+    with pytest.raises(ValueError, match="probability"):
+        BpeDropout(tokenizer, p)
 
 
 # ----------------------------------------------------------------------------------------- bad input to training

@@ -1,13 +1,17 @@
 """
 The caption tokenizer: a lower-cased byte-level BPE that is a plain fast tokenizer, so `AutoTokenizer` loads it.
 
-Here it is trained, given captions, and given BPE dropout for a training run. Captions are read from files by
-`training/train_tokenizer.py`; what becomes of the padding (an id of its own a position) is the prior's.
+Here it is trained, given captions, and given BPE dropout from seeds for a training run. Captions are read from files
+by `training/train_tokenizer.py`; what becomes of the padding (an id of its own a position) is the prior's.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from heapq import heappop, heappush
+from itertools import chain, groupby, repeat
+from operator import itemgetter
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BatchEncoding, PreTrainedTokenizerFast
@@ -18,6 +22,8 @@ logger = logging.get_logger(__name__)
 
 START_OF_TEXT = "<|startoftext|>"  # id 0
 PAD = "<|pad|>"  # id 1: the prior never sees it, since its attention mask is 0
+
+MAX_PLANNED_WORDS = 1 << 16  # of which BPE dropout remembers how they are merged
 
 _captions_warned: set[tuple[str, int]] = set()
 
@@ -77,17 +83,24 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, text_length: int) 
 
 
 def encode_captions(
-    tokenizer: PreTrainedTokenizerFast, captions: str | Iterable[str], text_length: int
+    tokenizer: PreTrainedTokenizerFast,
+    captions: str | Iterable[str],
+    text_length: int,
+    bpe_dropout: "BpeDropout | None" = None,
+    seeds: Sequence[int | Sequence[int]] | None = None,
 ) -> BatchEncoding:
     """
     Turns captions into the ids that the prior reads, and warns (once a caption) where a caption is cut.
 
-    The ids are those of `tokenizer(captions, padding="max_length", truncation=True, max_length=text_length)`.
+    Without BPE dropout the ids are those of `tokenizer(captions, padding="max_length", truncation=True,
+    max_length=text_length)`.
 
     Args:
         tokenizer (`PreTrainedTokenizerFast`): From [`train_tokenizer`].
         captions (`str` or `Iterable[str]`): One caption or a batch of B.
         text_length (`int`): T, the prior's text positions, at least 2.
+        bpe_dropout ([`BpeDropout`], *optional*): Made for this tokenizer; in training only.
+        seeds (`Sequence`, *optional*): With `bpe_dropout`, one for each caption, as for [`BpeDropout`].
 
     Returns:
         `BatchEncoding`: `input_ids` and `attention_mask` (0 at pads), both `torch.long` of shape `(B, T)`.
@@ -101,52 +114,139 @@ def encode_captions(
     input_ids = torch.full((len(captions), text_length), tokenizer.pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
     for row, (caption, ids) in enumerate(zip(captions, encoded["input_ids"], strict=True)):
+        first_lost = text_length
+        if bpe_dropout is not None:
+            plain_ids, ids = ids, bpe_dropout(ids, encoded.word_ids(row), seeds[row])
+            first_lost = bpe_dropout.find_token(plain_ids, ids[:text_length])
         if len(ids) > text_length:
-            _warn_cut(caption, encoded["offset_mapping"][row][text_length][0], len(ids), text_length)
+            _warn_cut(caption, encoded["offset_mapping"][row][first_lost][0], len(ids), text_length)
         num_kept = min(len(ids), text_length)
         input_ids[row, :num_kept] = torch.tensor(ids[:num_kept])
         attention_mask[row, :num_kept] = 1
     return BatchEncoding({"input_ids": input_ids, "attention_mask": attention_mask})
 
 
-@contextmanager
-def bpe_dropout(tokenizer: PreTrainedTokenizerFast, p: float) -> Iterator[None]:
+class BpeDropout:
     """
-    Inside the `with` block the tokenizer skips each merge with probability `p` (section 2.2: 0.1, in training only).
+    BPE dropout ([Provilkov et al., 2020](https://arxiv.org/abs/1910.13267); section 2.2 of the paper: 0.1, in training
+    only): each merge is skipped with probability `p`, so that a word is cut in another way each time.
 
-    A tokenizer saved inside the block is saved without dropout. The Rust library draws from a generator of its own
-    that cannot be seeded: each epoch, and each run, cuts the same caption differently.
+    It is that of the tokenizers library (`model.dropout`), whose draws come from a generator of its own that cannot be
+    seeded. Here they depend on a seed a caption, so that a resumed run reads what it would have read. Words in which
+    no merge is skipped keep the ids that the tokenizer gave; the others are merged here.
 
     Args:
-        tokenizer (`PreTrainedTokenizerFast`): The tokenizer to change until the block is left.
+        tokenizer (`PreTrainedTokenizerFast`): A BPE tokenizer, which stays as it is.
         p (`float`): In [0, 1]; 1 leaves single bytes.
 
     Raises:
-        `ValueError`: If `p` is outside [0, 1].
+        `ValueError`: If `p` is outside [0, 1], or the tokenizer is no BPE or one of a kind that is not known here.
     """
-    if not 0 <= p <= 1:
-        raise ValueError(f"BPE dropout is a probability in [0, 1], not {p}.")
-    model = tokenizer.backend_tokenizer.model
-    outer_dropout, save_pretrained = model.dropout, tokenizer.save_pretrained
-    is_nested = "save_pretrained" in vars(tokenizer)
 
-    def save_without_dropout(*args, **kwargs):
-        model.dropout = None
-        try:
-            return save_pretrained(*args, **kwargs)
-        finally:
-            model.dropout = p
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, p: float):
+        if not 0 <= p <= 1:
+            raise ValueError(f"BPE dropout is a probability in [0, 1], not {p}.")
+        model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+        if model["type"] != "BPE":
+            raise ValueError(f"BPE dropout is for BPE tokenizers, not for {model['type']}: set it to 0.")
+        self.p, self._ids = p, model["vocab"]
+        self._tokens = {id_: token for token, id_ in tokenizer.get_vocab().items()}
+        self._suffix, self._unknown_id = model["end_of_word_suffix"] or "", self._ids.get(model["unk_token"])
+        if model["continuing_subword_prefix"]:
+            raise ValueError("BPE dropout is not for tokenizers that mark how a word goes on: set it to 0.")
+        # Two ids next to each other, to the merge's rank and the id that it gives.
+        self._merges = {
+            (self._ids[left], self._ids[right]): (rank, self._ids[left + right])
+            for rank, (left, right) in enumerate(model["merges"])
+        }
+        self._plans: dict[tuple[int, ...], tuple[list[int], int]] = {}
 
-    tokenizer.save_pretrained = save_without_dropout
-    model.dropout = p
-    try:
-        yield
-    finally:
-        model.dropout = outer_dropout
-        if is_nested:
-            tokenizer.save_pretrained = save_pretrained
-        else:
-            del tokenizer.save_pretrained
+    def __call__(self, ids: Sequence[int], word_ids: Sequence[int | None], seed: int | Sequence[int]) -> list[int]:
+        """
+        The ids of a caption with merges skipped.
+
+        Args:
+            ids (`Sequence[int]`): Of one caption, without dropout.
+            word_ids (`Sequence[int]`): Of each id, which word it is in; `None` for special tokens, which stay.
+            seed (`int` or `Sequence[int]`): Of the draws, from 0: for data, what a caption and its epoch go by.
+
+        Raises:
+            `ValueError`: If the tokenizer gives other ids than its merges in the order of their ranks.
+        """
+        words, plans = [], []
+        for word_id, group in groupby(zip(word_ids, ids, strict=True), key=itemgetter(0)):
+            words.append(tuple(id_ for _, id_ in group))
+            plans.append(([], 0) if word_id is None else self._plan(words[-1]))
+        rng = np.random.default_rng(seed)
+        is_skipped = (rng.random(sum(num_draws for _, num_draws in plans)) < self.p).tolist()
+        if not any(is_skipped):
+            return list(ids)
+        result, start = [], 0
+        for word, (symbols, num_draws) in zip(words, plans, strict=True):
+            draws, start = is_skipped[start : start + num_draws], start + num_draws
+            if any(draws):
+                # A skipped merge is tried again, which may take more draws.
+                more = (rng.random() < self.p for _ in repeat(None))
+                word, _ = self._merge(symbols, chain(draws, more))
+            result += word
+        return result
+
+    def find_token(self, plain_ids: Sequence[int], kept_ids: Sequence[int]) -> int:
+        """Which of the ids without dropout is the first that `kept_ids`, a beginning with dropout, do not cover."""
+        num_left = sum(len(self._tokens[id_]) for id_ in kept_ids)
+        for index, id_ in enumerate(plain_ids):
+            num_left -= len(self._tokens[id_])
+            if num_left < 0:
+                return index
+        return len(plain_ids)
+
+    def _plan(self, word: tuple[int, ...]) -> tuple[list[int], int]:
+        """What a word is merged from, and how many draws it takes if none of them skips a merge."""
+        if word not in self._plans:
+            symbols, num_draws = [], 0
+            if self._unknown_id not in word:
+                text = "".join(self._tokens[id_] for id_ in word).removesuffix(self._suffix)
+                symbols = [self._ids.get(symbol) for symbol in (*text[:-1], text[-1:] + self._suffix)]
+                merged, num_draws = self._merge(symbols, repeat(False))
+                if merged != list(word):
+                    raise ValueError("BPE dropout is not for a tokenizer that merges in another way: set it to 0.")
+            if len(self._plans) >= MAX_PLANNED_WORDS:
+                self._plans.clear()
+            self._plans[word] = symbols, num_draws
+        return self._plans[word]
+
+    def _merge(self, symbols: list[int], is_skipped: Iterator[bool]) -> tuple[list[int], int]:
+        """Merges, the lowest rank first, then the leftmost; gives the ids and the number of draws that it took."""
+        ids, end, num_draws = list(symbols), len(symbols), 0
+        following, previous = list(range(1, end + 1)), list(range(-1, end - 1))
+        queue, skipped = [], []
+
+        def add(left: int):
+            if left >= 0 and following[left] < end and (ids[left], ids[following[left]]) in self._merges:
+                rank, merged = self._merges[ids[left], ids[following[left]]]
+                heappush(queue, (rank, left, merged))
+
+        for left in range(end):
+            add(left)
+        while queue:
+            merge = heappop(queue)
+            num_draws += 1
+            if next(is_skipped):
+                skipped.append(merge)
+                continue
+            while skipped:  # each may be done after the next merge that is not skipped
+                heappush(queue, skipped.pop())
+            _, left, merged = merge
+            right = following[left]
+            # Of an earlier time, when other symbols stood here.
+            if ids[left] is None or right == end or self._merges.get((ids[left], ids[right]), (0, None))[1] != merged:
+                continue
+            ids[left], ids[right], following[left] = merged, None, following[right]
+            if following[left] < end:
+                previous[following[left]] = left
+            add(previous[left])
+            add(left)
+        return [id_ for id_ in ids if id_ is not None], num_draws
 
 
 def _check_captions(captions: Iterable[str]) -> Iterator[str]:
