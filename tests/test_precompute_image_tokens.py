@@ -129,6 +129,9 @@ def test_a_store_of_another_dvae_is_refused(home, tmp_path):
     settings = prior_settings(home / "store", home / "dvae-1", home / "tokenizer", tmp_path / "run")
     with pytest.raises(ValueError, match="another dVAE than"):
         run({**settings, "tokens_column": "image_tokens"})
+    named = {**settings, "train_data_dir": None, "dataset_name": str(home / "store")}
+    with pytest.raises(ValueError, match="another dVAE than"):
+        run({**named, "tokens_column": "image_tokens"})
     settings["train_data_dir"] = str(home / "data")
     with pytest.raises(OSError, match="has no image_tokens.json"):
         run({**settings, "tokens_column": "image_tokens"})
