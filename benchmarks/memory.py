@@ -9,13 +9,12 @@ import contextlib
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from timing import format_bytes, format_table
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
-from hf_dalle import DallePriorConfig, DallePriorForCausalLM, image_attention, sparse_attention
+from hf_dalle import DallePriorConfig, DallePriorForCausalLM
 from hf_dalle.cache_dalle import DalleCache, cache_bytes
+from hf_dalle.training_cost import count_activations, prior_loss_without_values, without_values
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,7 +75,7 @@ def predict_bytes(config: DallePriorConfig, args: argparse.Namespace) -> dict[st
         "weights": weights,
         "gradients": weights,
         "optimizer": adamw + sum(weight.nbytes for weight in matrices),
-        **count_activations(config, args, is_real=False),
+        **count_prior_activations(config, args, is_real=False),
         "cache": cache_bytes(config, 1, args.num_images, DTYPES[args.dtype]),
     }
 
@@ -89,68 +88,26 @@ def split_parameters(prior: DallePriorForCausalLM, optimizer: str) -> tuple[list
     return groups[True], groups[False]
 
 
-def count_activations(config: DallePriorConfig, args: argparse.Namespace, is_real: bool) -> dict[str, int]:
-    """
-    Bytes of the tensors that a forward pass keeps for the backward one, weights not counted; with checkpointing also
-    those of the largest layer, which come back in the backward pass. `is_real`: with values in the tensors.
-    """
-    with contextlib.nullcontext() if is_real else FakeTensorMode(allow_non_fake_inputs=True):
+def count_prior_activations(config: DallePriorConfig, args: argparse.Namespace, is_real: bool) -> dict[str, int]:
+    """Bytes that a forward pass keeps for the backward one, by [`count_activations`]; `is_real`: of real tensors."""
+    with contextlib.nullcontext() if is_real else without_values():
         prior = build_prior(config, args)
-        whole, largest_layer = count_saved_bytes(prior, args, is_real)
-        prior.activation_checkpointing_enable()
-        checkpointed, _ = count_saved_bytes(prior, args, is_real)
-    if not is_real:
-        forget_constants()
-    return {"activations": whole, "activations, checkpointing": checkpointed + largest_layer}
 
+        def forward() -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.mixed_precision == "bf16"):
+                return compute_loss(prior, args.batch_size, is_real)
 
-def count_saved_bytes(prior: DallePriorForCausalLM, args: argparse.Namespace, is_real: bool) -> tuple[int, int]:
-    """Bytes kept by all of the forward pass, and by the layer that keeps most."""
-    own = {weight.untyped_storage()._cdata for weight in prior.parameters()}
-    saved, layers = {}, []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            saved[storage._cdata] = storage  # held, so that its address is not another's later
-        return tensor
-
-    def count() -> int:
-        return sum(storage.nbytes() for storage in saved.values())
-
-    hooks = []
-    for layer in prior.model.layers:
-        hooks.append(layer.register_forward_pre_hook(lambda *_: layers.append(-count())))
-        hooks.append(layer.register_forward_hook(lambda *_: layers.append(layers.pop() + count())))
-    with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=args.mixed_precision == "bf16"),
-    ):
-        compute_loss(prior, args.batch_size, is_real)
-    for hook in hooks:
-        hook.remove()
-    return count(), max(layers)
+        return count_activations(prior, prior.model.layers, forward)
 
 
 def compute_loss(prior: DallePriorForCausalLM, batch_size: int, is_real: bool) -> torch.Tensor:
-    """The loss of whole streams; without values by the same cross-entropies, as the prior would look at its labels."""
+    """The loss of whole streams."""
+    if not is_real:
+        return prior_loss_without_values(prior, batch_size)
     config = prior.config
     input_ids = torch.zeros(batch_size, config.stream_length + 1, dtype=torch.long)
     input_ids[:, config.text_length :] = config.image_token_offset
-    if is_real:
-        return prior(input_ids, labels=input_ids).loss
-    output = prior(input_ids[:, :-1], use_cache=False)
-    text_labels = input_ids[:, 1:].clone()[:, : config.text_length]
-    image_labels = input_ids[:, 1 + config.text_length :].clone()
-    pairs = ((output.text_logits, text_labels), (output.image_logits, image_labels))
-    return sum(F.cross_entropy(logits.float().flatten(0, 1), labels.flatten()) for logits, labels in pairs)
-
-
-def forget_constants() -> None:
-    """Empties the caches of masks: what a trace puts there has no values."""
-    for module in (image_attention, sparse_attention):
-        for function in vars(module).values():
-            getattr(function, "cache_clear", lambda: None)()
+    return prior(input_ids, labels=input_ids).loss
 
 
 # ------------------------------------------------------------------------------------------------------ by measuring
@@ -159,7 +116,7 @@ def forget_constants() -> None:
 def measure_bytes(config: DallePriorConfig, args: argparse.Namespace) -> dict[str, int]:
     """The same as [`predict_bytes`], of the tensors of a real update and a real drawing."""
     prior = build_prior(config, args)
-    activations = count_activations(config, args, is_real=True)
+    activations = count_prior_activations(config, args, is_real=True)
     matrices, others = split_parameters(prior, args.optimizer)
     optimizers = [torch.optim.SGD(others) if args.optimizer == "sgd" else torch.optim.AdamW(others)]
     if matrices:

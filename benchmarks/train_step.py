@@ -22,8 +22,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_dalle import DallePriorConfig, DallePriorForCausalLM
 from hf_dalle.configuration_dalle_prior import paper_attention_types
-from hf_dalle.image_attention import image_attention_offsets
 from hf_dalle.sparse_attention import attend_in_blocks
+from hf_dalle.training_cost import count_flops, count_scores
 
 
 GPT2, DENSE, SPARSE = "GPT2, sdpa", "dense", "paper layout"
@@ -99,25 +99,6 @@ def build_attention(args: argparse.Namespace, grid_size: int, name: str) -> Call
 
 
 # -------------------------------------------------------------------------------------------------------- bounds
-
-
-def count_scores(config: DallePriorConfig) -> int:
-    """How many pairs of a state and one that it sees all layers have: what no block edge adds to."""
-    text, states = config.text_length, config.num_image_tokens
-    total = 0
-    for kind in config.attention_types:
-        offsets = image_attention_offsets(kind, config.image_grid_size, config.conv_kernel_size)
-        total += text * (text + 1) // 2 + text * states + sum(states - offset for offset in offsets)
-    return total
-
-
-def count_flops(config: DallePriorConfig) -> tuple[int, int]:
-    """Of a step: what the products with weights need, and what attention needs, two for a multiply-add."""
-    width, states = config.hidden_size, config.stream_length
-    layer = 4 * width**2 + 2 * width * config.intermediate_size
-    heads = config.text_length * config.image_start_token_id + config.num_image_tokens * config.image_vocab_size
-    # forward once, backward twice: products with weights; scores and sums over values, their gradients
-    return 6 * (config.num_hidden_layers * layer * states + width * heads), 3 * 4 * width * count_scores(config)
 
 
 def measure_product_speed(args: argparse.Namespace, grid_size: int, num_rounds: int = 5) -> float:

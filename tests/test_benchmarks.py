@@ -13,6 +13,7 @@ import pytest
 import roofs
 import timing
 import torch
+import train_loop
 import train_step
 from tiny import build_prior
 
@@ -183,3 +184,27 @@ def test_memory_of_the_paper_is_printed_without_holding_it(capsys, tmp_path):
 def test_train_step_prints_ratios(capsys):
     train_step.main(["--quick", "--num_rounds", "1", "--no_peer"])
     assert " / ours" in capsys.readouterr().out
+
+
+def test_train_loop_prints_ratios(capsys):
+    with torch.random.fork_rng(devices=[]):
+        train_loop.main(["--quick", "--num_rounds", "1", "--batch_size", "2"])
+    table = read_table(capsys.readouterr().out)
+    ratios = [float(cells[0]) for name, cells in table.items() if name.startswith("the loop")]
+    assert len(ratios) == 2 and min(ratios) > 0.5
+    assert all(float(table[name][0]) > 0 for name in table if name.endswith("a second a worker"))
+
+
+def test_the_bare_step_is_an_update_like_the_loops():
+    prior = build_prior()
+    ids = torch.zeros(2, prior.config.stream_length + 1, dtype=torch.long)
+    ids[:, prior.config.text_length :] = prior.config.image_token_offset
+    step = train_loop.make_bare_step(prior, "no")
+    copy = next(cell.cell_contents for cell in step.__closure__ if isinstance(cell.cell_contents, torch.nn.Module))
+    optimizer = torch.optim.AdamW(prior.train().parameters(), lr=1e-4)
+    for _ in range(2):
+        step(ids)
+        prior(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.equal(mine, other) for mine, other in zip(copy.parameters(), prior.parameters(), strict=True))

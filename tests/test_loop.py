@@ -3,14 +3,18 @@
 What a run ends in, and what it refuses, is in `test_train.py`.
 """
 
+import random
+import shutil
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_processes import finish, fork_run, wait_until
 from tiny_training import (
     MODEL,
     VALIDATION,
@@ -24,7 +28,7 @@ from tiny_training import (
     start,
 )
 
-from hf_dalle import DalleDVAE
+from hf_dalle import DalleDVAE, sparse_attention
 
 
 @pytest.fixture(scope="module")
@@ -35,22 +39,27 @@ def home(tmp_path_factory):
 # ------------------------------------------------------------------------------------------------------ going on
 
 
-def kill_after(step, running, timeout=120):
-    """Ends each process without warning, once its folder has a checkpoint so far; none can clean up after itself."""
-    deadline = time.monotonic() + timeout
-    while running:
-        for folder, process in list(running.items()):
-            if max(list_steps(folder), default=0) >= step:
-                process.send_signal(signal.SIGKILL)
-                process.communicate()
-                assert running.pop(folder).returncode == -signal.SIGKILL
-            else:
-                assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.002)
+def kill_at_random_moments(settings, num_kills=5):
+    """
+    Starts the run as often and ends it without warning, so that it cannot clean up after itself: once while it starts,
+    then a moment after it got some updates further, which is in a batch, a step or amid a checkpoint's files.
+    """
+    folder, rng = Path(settings["output_dir"]), random.Random(settings["stage"])
+    for number in range(num_kills):
+        process = fork_run(settings)
+        goal = max(list_steps(folder), default=0) + rng.choice((4, 8))
+        if number:
+            wait_until(lambda goal=goal: max(list_steps(folder), default=0) >= goal, process)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        assert finish(process) == [-signal.SIGKILL]
 
 
 def build_resumed_settings(stage, home, output_dir):
-    """Every update draws random numbers: gumbel noise, dropout of states, captions and image tokens, crops, views."""
+    """
+    Every update draws random numbers: gumbel noise, dropout of states, captions, image tokens and merges, crops. The
+    prior's has gradient scales, a rate that plateaus halve and an average at intervals besides.
+    """
     settings = {"max_train_steps": 80, "checkpointing_steps": 4, "logging_steps": 3, "validation_split": "validation",
                 "validation_steps": 40, "gradient_accumulation_steps": 2, "resize_range": [1.0, 1.5],
                 "train_batch_size": 5, "dataloader_num_workers": 0}  # fmt: skip
@@ -58,15 +67,18 @@ def build_resumed_settings(stage, home, output_dir):
         return dvae_settings(home / "data", output_dir, **settings, initial_kl_per_token=2.0)
     settings = build_prior_settings(home, output_dir, **settings)
     model = {"hidden_dropout": 0.2, "attention_dropout": 0.2, "embedding_dropout": 0.2}
-    choices = {"optimizer": "muon", "muon_learning_rate": 0.02, "image_token_dropout": 0.5}
+    choices = {"optimizer": "muon", "muon_learning_rate": 0.02, "image_token_dropout": 0.5, "bpe_dropout": 0.3}
+    choices |= {"mixed_precision": "fp16", "ema_update_steps": 5, "max_grad_norm": 0.5}
+    choices |= {"lr_scheduler": "reduce_lr_on_plateau", "lr_plateau_steps": 6, "lr_plateau_threshold": 0.2}
     return {**settings, **choices, "model": {**settings["model"], **model}}
 
 
 @pytest.fixture(scope="module")
 def killed(home):
-    """Both stages, killed after a checkpoint; the two processes run side by side."""
+    """Both stages, killed five times; the two runs go side by side."""
     settings = {stage: build_resumed_settings(stage, home, home / f"killed-{stage}") for stage in ("dvae", "prior")}
-    kill_after(8, {home / f"killed-{stage}": start(settings[stage]) for stage in settings})
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(kill_at_random_moments, settings.values()))
     return settings
 
 
@@ -94,8 +106,7 @@ def test_a_killed_run_goes_on_bit_for_bit(home, killed, stage):
     assert steps == sorted(set(steps)) == [step for step in range(1, 81) if step % 3 == 0 or step % 4 == 0]
     for row, expected in zip(resumed, whole, strict=True):
         assert row.keys() == expected.keys()
-        # the clock's, and the codes' count since the last validation, which no checkpoint holds
-        for name in row.keys() - {"pictures_per_second", "train_perplexity"}:
+        for name in row.keys() - {"pictures_per_second", "memory_gb"}:
             assert row[name] == expected[name], (row["step"], name)
     assert [path.name for path in folder.glob(".checkpoint*")] == []
     assert list_steps(folder) == [76, 80]
@@ -146,21 +157,36 @@ def test_a_run_goes_on_from_a_checkpoint_that_is_named(short, tmp_path):
     assert read_log(short["output_dir"]) == log  # nothing was lost
 
 
-def test_checkpoints_of_another_model_or_damaged_are_refused(home, short):
+def test_checkpoints_of_another_model_or_of_other_settings_are_refused(home, short):
     run(short)
-    with pytest.raises(ValueError, match="checkpoint-6 is damaged, or of a run with another model"):
+    with pytest.raises(ValueError, match="checkpoint-6 is of a run with another model"):
         run({**short, "model": {**MODEL, "decoder_in_channels": 8}})
-    with pytest.raises(ValueError, match="checkpoint-6 is damaged, or of a run with another model"):
-        run({**build_prior_settings(home, "x"), "output_dir": short["output_dir"]})
-    with pytest.raises(ValueError, match="checkpoint-6 is damaged, or of a run with .* other settings"):
+    with pytest.raises(ValueError, match="checkpoint-6 is of a run with another model"):
+        run({**build_prior_settings(home, "x"), "output_dir": short["output_dir"], "train_batch_size": 16})
+    with pytest.raises(ValueError, match="checkpoint-6 is of a run with .* other settings"):
         run({**short, "use_ema": False})
-    for name, size in (("optimizer.bin", 1000), ("model.safetensors", 1000), ("custom_checkpoint_2.pkl", 0)):
-        path = Path(short["output_dir"], "checkpoint-6", name)
-        whole = path.read_bytes()
-        path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="checkpoint-6 is damaged"):
-            run(short)
-        path.write_bytes(whole)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_its_updates_done_again(short, caplog):
+    log = run(short)
+    path = Path(short["output_dir"], "checkpoint-6", "optimizer.bin")
+    path.write_bytes(path.read_bytes()[:1000])
+    again = run(short)
+    assert "checkpoint-6 is damaged (optimizer.bin has 1000 bytes" in caplog.text
+    assert losses(again) == losses(log) and list_steps(Path(short["output_dir"])) == [4, 6]
+
+
+def test_a_checkpoint_of_an_older_version_is_gone_on_from(short):
+    """Without a manifest and the objects that are named since; its place in the data is the number of its updates."""
+    log = run(short, "--checkpoints_total_limit", "none")
+    folder = Path(short["output_dir"])
+    for step in (4, 6):
+        shutil.rmtree(folder / f"checkpoint-{step}")
+    for path in (folder / "checkpoint-2" / "manifest.json", *(folder / "checkpoint-2").glob("*.pt")):
+        path.unlink()
+    progress = folder / "checkpoint-2" / "custom_checkpoint_0.pkl"
+    torch.save({"step": torch.load(progress, weights_only=True)["step"]}, progress)
+    assert losses(run(short)) == losses(log)
 
 
 # ------------------------------------------------------------------------------------------- ways to the same losses
@@ -207,9 +233,10 @@ def test_two_processes_are_one_of_the_doubled_batch(home, tmp_path, stage):
     assert process.returncode == 0 and [row["step"] for row in read_log(tmp_path / "two")] == list(range(1, 9)), output
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("stage", ["dvae", "vq-vae", "prior"])
-def test_bfloat16(home, tmp_path, stage):
-    settings = {"max_train_steps": 4, "logging_steps": 1, "mixed_precision": "bf16", **VALIDATION}
+def test_half_precision(home, tmp_path, stage, precision):
+    settings = {"max_train_steps": 4, "logging_steps": 1, "mixed_precision": precision, **VALIDATION}
     if stage == "prior":
         settings = build_prior_settings(home, tmp_path / "run", **settings, validation_prompts=["red and blue"])
     else:
@@ -221,6 +248,19 @@ def test_bfloat16(home, tmp_path, stage):
     assert losses(half) != losses(full)
     weights = load_file(tmp_path / "run" / "checkpoint-4" / "model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"attn_implementation": "eager"}])
+def test_less_memory_and_less_work_give_the_same_losses(home, tmp_path, monkeypatch, changes):
+    """Layers computed again in the backward pass; attention in blocks (which so few states would not get) or dense."""
+    monkeypatch.setattr(sparse_attention, "_CALL_OVERHEAD", -1_000_000)
+    logs = []
+    for name, other in (("plain", {}), ("other", changes)):
+        settings = build_noiseless_settings("prior", home, tmp_path / name)
+        model = {**settings["model"], "attention_types": ["row", "column", "conv"], "num_hidden_layers": 3}
+        logs.append(run({**settings, "model": model, **other}))
+    for name in ("loss", "grad_norm", "text_loss", "image_loss", "validation_loss"):
+        assert losses(logs[1], name) == pytest.approx(losses(logs[0], name), abs=1e-5)
 
 
 def test_workers_change_nothing(home, tmp_path):

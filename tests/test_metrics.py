@@ -5,13 +5,49 @@ import math
 import pytest
 import torch
 
-from hf_dalle.metrics import bootstrap, fit_ridge_probe, group_means, perplexity, psnr, rank_concepts
+from hf_dalle.losses import dvae_loss
+from hf_dalle.metrics import (
+    bits_per_dim,
+    bootstrap,
+    codes_used,
+    fit_ridge_probe,
+    group_means,
+    perplexity,
+    pixel_bits_per_dim,
+    psnr,
+    rank_concepts,
+)
 
 
 def test_psnr_is_a_figure_a_picture():
     pixels = torch.full((3, 3, 4, 4), 0.5)
     reconstructions = pixels + torch.tensor([0.1, 0.01, 0.0])[:, None, None, None]
     torch.testing.assert_close(psnr(pixels, reconstructions), torch.tensor([20.0, 40.0, 100.0]), atol=1e-3, rtol=0)
+
+
+def test_bits_a_dimension():
+    # a token of 256 codes that says nothing of itself, for a square of 4 x 4 pixels: 8 bits over 48 numbers
+    assert bits_per_dim(math.log(256), 3 * 4 * 4) == pytest.approx(8 / 48)
+
+
+@pytest.mark.parametrize(("mu", "log_b", "eps"), [(0.3, -1.0, 0.1), (-1.2, 0.5, 0.02)])
+def test_pixel_bits_are_of_a_density_over_0_to_255(mu, log_b, eps):
+    # the density of pixel values, exp(-nats), has an integral of 1 less what phi leaves outside of 0 to 255
+    pixels = torch.linspace(0, 1, 100_001, dtype=torch.float64)
+    densities = []
+    for part in pixels.view(-1, 1, 1, 1).split(20_000):
+        maps = torch.full((1, 1, 1, 1), mu), torch.full((1, 1, 1, 1), log_b)
+        for pixel in part[::100]:
+            nll = dvae_loss(pixel[None], *maps, torch.zeros(1, 2, 1, 1), 0.0, eps).nll.item()
+            densities.append(2 ** -pixel_bits_per_dim(nll, 1, eps))
+    mass = sum(densities) / len(densities) * 255
+    edges = torch.tensor([eps, 1 - eps], dtype=torch.float64).logit()
+    laplace = torch.distributions.Laplace(torch.tensor(mu).double(), torch.tensor(log_b).double().exp())
+    assert mass == pytest.approx((laplace.cdf(edges[1]) - laplace.cdf(edges[0])).item(), rel=5e-3)
+
+
+def test_codes_used_is_a_share():
+    assert codes_used(torch.tensor([3, 0, 1, 0])) == 0.5 and codes_used(torch.zeros(4)) == 0
 
 
 def test_perplexity_counts_the_codes_in_use():

@@ -268,7 +268,6 @@ def test_a_loss_that_is_no_number_ends_the_run(home, tmp_path):
     [
         ({"report_to": "wandb"}, "`report_to` is 'wandb', which is not installed"),
         ({"report_to": "carrier pigeon"}, "may be tensorboard, none"),
-        ({"mixed_precision": "fp16"}, "fp16` needs an accelerator"),
         ({"model": {"hiden_size": 8}}, "unknown key `hiden_size`. Did you mean `hidden_size`?"),
         ({"model": {"hidden_size": 8.5}}, "A value in `model` does not fit"),
         ({"model": {"hidden_size": 9}}, "must divide `hidden_size`"),

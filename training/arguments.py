@@ -22,12 +22,27 @@ class TrainArguments:
     output_dir: str = field(
         default="", metadata={"help": "Checkpoints, logs, pictures and the finished model go here."}
     )
-    train_data_dir: str | None = field(default=None, metadata={"help": "Folder of parquet files or an imagefolder."})
+    train_data_dir: str | None = field(
+        default=None, metadata={"help": "Folder of parquet files or tar shards, an imagefolder, or a pattern, *.tar."}
+    )
     dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub, instead of a folder."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read shard after shard, nothing downloaded, converted or indexed before."}
+    )
+    shuffle_buffer_size: int = field(
+        default=1000, metadata={"help": "With streaming: rows a worker holds to shuffle."}
+    )
     train_split: str = "train"
     validation_split: str | None = field(default=None, metadata={"help": "Split to validate on; none: no validation."})
     image_column: str = "image"
-    caption_column: str = field(default="captions", metadata={"help": "Strings, or lists of strings to choose from."})
+    caption_column: str = field(
+        default="captions",
+        metadata={"help": "Strings, or lists of strings to choose from; of tar shards: txt, or a key of the .json."},
+    )
+    max_skipped_share: float = field(
+        default=0.1,
+        metadata={"help": "The run ends if more of the rows than this, of 1,000 at least, cannot be used."},
+    )
     model: dict = field(default_factory=dict, metadata={"help": "Arguments of the model's configuration (JSON)."})
     resize_range: list[float] | None = field(
         default=None, metadata={"help": "Augmentation: resized side / size; none: the whole centre square as it is."}
@@ -41,16 +56,44 @@ class TrainArguments:
     gradient_accumulation_steps: int = 1
     max_train_steps: int = field(default=1000, metadata={"help": "Updates in all."})
     learning_rate: float = 1e-4
-    lr_min_ratio: float = field(default=0.0, metadata={"help": "Last learning rate / peak; a cosine leads there."})
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup", "reduce_lr_on_plateau"] = field(
+        default="cosine", metadata={"help": "reduce_lr_on_plateau: halved where the training loss flattens."}
+    )
+    lr_min_ratio: float = field(
+        default=0.0, metadata={"help": "Last learning rate / peak; a cosine (or a line) leads there."}
+    )
     lr_warmup_steps: int = 0
+    lr_decay_steps: int | None = field(
+        default=None, metadata={"help": "Updates until the cosine (or line) ends, warm-up counted; none: the run's."}
+    )
+    lr_plateau_steps: int = field(default=5000, metadata={"help": "Updates whose mean loss is compared with before."})
+    lr_plateau_threshold: float = field(default=1e-3, metadata={"help": "A relative fall below this is a plateau."})
+    lr_max_halvings: int = field(default=5, metadata={"help": "On plateaus, at most."})
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_weight_decay: float = 1e-4
     adam_epsilon: float = 1e-8
+    adam_max_second_moment: float | None = field(
+        default=None,
+        metadata={"help": "Bound of Adam's running second moment (the paper's prior: 5); none: no bound."},
+    )
+    use_no_decay_groups: bool = field(
+        default=False, metadata={"help": "No weight decay of gains, biases and embeddings; the paper decays all."}
+    )
     max_grad_norm: float | None = field(default=None, metadata={"help": "Global norm to clip at; none: no clipping."})
+    max_nonfinite_updates: int = field(
+        default=10,
+        metadata={
+            "help": "An update whose loss or gradient is no number is skipped; the run ends at so many in a row."
+        },
+    )
     use_ema: bool = field(default=True, metadata={"help": "Validate and save the moving average of the weights."})
     ema_decay: float = 0.999
+    ema_update_steps: int = field(
+        default=1, metadata={"help": "Updates between those of the average (the paper's prior: 25, with decay 0.99)."}
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_scaling: Literal["global"] = field(default="global", metadata={"help": "With fp16: one loss scale."})
     seed: int = 0
     dataloader_num_workers: int = 0
     checkpointing_steps: int = field(default=500, metadata={"help": "Updates between checkpoints."})
@@ -59,6 +102,9 @@ class TrainArguments:
     )
     resume_from_checkpoint: str | None = field(
         default="latest", metadata={"help": "'latest' (or from the start if there is none), a path, or none."}
+    )
+    max_validation_samples: int | None = field(
+        default=None, metadata={"help": "Validate on the first so many rows of the split; none: on all."}
     )
     validation_steps: int = field(default=500, metadata={"help": "Updates between validations."})
     eval_on_start: bool = field(default=False, metadata={"help": "Validate before the first update too."})
@@ -87,6 +133,11 @@ class TrainArguments:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; expected two numbers, low and high.")
         if self.resize_range is None and (self.crop_range is not None or self.do_random_flip):
             raise ValueError("`crop_range` and `do_random_flip` do nothing without `resize_range`, e.g. [1.0, 1.0].")
+        if self.lr_warmup_steps and self.lr_scheduler == "constant":
+            raise ValueError("`lr_warmup_steps` does nothing with `lr_scheduler: constant`: use constant_with_warmup.")
+        for name in ("lr_min_ratio", "lr_decay_steps"):
+            if getattr(self, name) and self.lr_scheduler not in ("cosine", "linear"):
+                raise ValueError(f"`{name}` does nothing with `lr_scheduler: {self.lr_scheduler}`.")
         if not self.push_to_hub and (self.hub_model_id or self.hub_token or self.hub_private_repo):
             raise ValueError("`hub_model_id`, `hub_token` and `hub_private_repo` do nothing without `push_to_hub`.")
 
@@ -157,6 +208,13 @@ class PriorArguments(TrainArguments):
         metadata={"help": "Of the prior in training; on short streams in bf16 on a CPU eager is quicker."},
     )
     bpe_dropout: float = field(default=0.1, metadata={"help": "Share of BPE merges skipped in training."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Keep each layer's input only and compute the rest again: less memory."}
+    )
+    power_sgd_rank: int | None = field(
+        default=None,
+        metadata={"help": "Processes send factors of gradients, of this rank; 0: the paper's by width; none: all."},
+    )
     image_token_dropout: float = field(
         default=0.0,
         metadata={"help": "Image tokens hidden from later states, of a picture a share from 0 to this; 0: the paper."},
@@ -165,6 +223,9 @@ class PriorArguments(TrainArguments):
         default="adamw", metadata={"help": "adamw: the paper; muon: the layers' matrices by Muon, the rest by AdamW."}
     )
     muon_learning_rate: float = field(default=5e-3, metadata={"help": "Of the matrices with `optimizer: muon`."})
+    gradient_scaling: Literal["resblock", "global"] = field(
+        default="resblock", metadata={"help": "With fp16: a scale for each resblock (the paper), or one loss scale."}
+    )
     adam_beta2: float = 0.96
     adam_weight_decay: float = 4.5e-2
     max_grad_norm: float | None = field(default=4.0, metadata={"help": "Global norm to clip at; none: no clipping."})
@@ -184,8 +245,6 @@ class PriorArguments(TrainArguments):
             raise ValueError("`lora_rank` needs `init_from`: adapters change a model that is trained already.")
         if self.lora_rank is None and (self.lora_alpha or self.lora_dropout or self.lora_target_modules):
             raise ValueError("`lora_alpha`, `lora_dropout` and `lora_target_modules` do nothing without `lora_rank`.")
-        if self.optimizer == "muon" and self.mixed_precision == "fp16":
-            raise ValueError("`optimizer: muon` does not go with fp16, whose scale is for one optimizer: use bf16.")
         if self.tokens_column is not None and self.resize_range is not None:
             raise ValueError("`resize_range` does nothing to stored tokens: precompute_image_tokens.py augments them.")
         if self.caption_dropout == 0 and not all(prompt.strip() for prompt in self.validation_prompts or ()):
@@ -202,6 +261,8 @@ _RANGES = [
             *("train_batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_train_steps"),
             *("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "logging_steps"),
             *("num_validation_images", "lora_rank", "codebook_revival_steps"),
+            *("shuffle_buffer_size", "max_validation_samples", "max_nonfinite_updates"),
+            *("ema_update_steps", "lr_decay_steps", "lr_plateau_steps", "lr_max_halvings"),
         ),
     ),
     (
@@ -217,23 +278,26 @@ _RANGES = [
                 "dataloader_num_workers",
             ),
             *("temperature_anneal_steps", "kl_weight", "kl_weight_warmup_steps", "encoder_lr_ratio"),
-            *("pixel_l1_weight", "pixel_l2_weight"),
+            *("pixel_l1_weight", "pixel_l2_weight", "power_sgd_rank"),
         ),
     ),
     (
         lambda value: value > 0,
         "above 0",
-        ("adam_epsilon", "max_grad_norm", "temperature_start", "temperature_end", "lora_alpha"),
+        (
+            *("adam_epsilon", "adam_max_second_moment", "max_grad_norm", "lora_alpha"),
+            *("temperature_start", "temperature_end"),
+        ),
     ),
     (
         lambda value: 0 <= value < 1,
         "in [0, 1)",
         (
             *("adam_beta1", "adam_beta2", "ema_decay", "caption_dropout", "bpe_dropout", "lora_dropout"),
-            "codebook_revival_share",
+            *("codebook_revival_share", "lr_plateau_threshold"),
         ),
     ),
-    (lambda value: 0 <= value <= 1, "in [0, 1]", ("lr_min_ratio", "image_token_dropout")),
+    (lambda value: 0 <= value <= 1, "in [0, 1]", ("lr_min_ratio", "image_token_dropout", "max_skipped_share")),
 ]
 
 

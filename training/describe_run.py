@@ -17,7 +17,10 @@ from hf_dalle.hub import publish_settings
 
 
 # Numbers of the log that say how the run went, not what came of it.
-RUNNING_FIGURES = ("step", "lr", "skipped_rows", "grad_norm", "pictures_per_second", "temperature", "kl_weight")
+RUNNING_FIGURES = (
+    *("step", "lr", "skipped_rows", "skipped_updates", "grad_norm", "pictures_per_second", "memory_gb"),
+    *("temperature", "kl_weight"),
+)
 GENERATION_DEFAULTS = ("guidance_scale", "temperature", "top_k", "top_p")
 
 

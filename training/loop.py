@@ -1,44 +1,47 @@
-"""The order of a training run, the same for every stage: optimizer, EMA, resuming, logging, validation, checkpoints.
+"""The order of a training run, the same for every stage: from the newest checkpoint through updates to a model.
 
-A stage (see `train_dvae.py`, `train_prior.py`) brings the model, the batches, the loss, the validation and the saving.
+A stage (see `train_dvae.py`, `train_prior.py`) brings the model, the data, the loss, the validation and the saving.
+Here are no files (`checkpointing.py`, `reporting.py`), batches (`loading.py`), signals (`interruptions.py`).
 """
 
-import json
+import copy
 import math
-import pickle
-import re
-import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from arguments import TrainArguments
-from diffusers.training_utils import EMAModel
-from optimizers import make_optimizers
+from checkpointing import Checkpoints, settings_of_today
+from interruptions import Stopped, StopSignals, Votes
+from loading import SkippedRows, make_loader
+from machines import ShardedEMA, gather_model, is_sharded, make_power_sgd, use_autocast
+from optimizers import make_gradient_scaler, make_optimizers, make_schedules
 from PIL import Image
-from safetensors import SafetensorError
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
+from reporting import Reporter
+from safetensors.torch import save_file
+from torch.utils.data import Dataset
 
-from hf_dalle.data import CaptionImageCollator, CaptionImageDataset, EpochBatchSampler
-from hf_dalle.optimization import get_warmup_cosine_schedule
+from hf_dalle.data import CaptionImageCollator
+from hf_dalle.power_sgd import SummedErrors
 
 
 logger = get_logger(__name__)
 
+# A full disk may be cleared while training goes on: what is lost by waiting is what a stop would lose. Not for ever.
+MAX_FAILED_CHECKPOINTS = 3
+# With gradient scales a skipped update of a finite loss is their way down: a resblock's from 2^13 to 2^7 takes 1,376.
+MAX_OVERFLOWS = 1500
+
 
 class Stage(Protocol):
-    """What the loop asks of a stage."""
+    """What the loop asks of a stage; one that gathers nothing from batch to batch has no `state_dict`."""
 
     model: torch.nn.Module
-    train_dataset: CaptionImageDataset
+    train_dataset: Dataset
     collator: CaptionImageCollator
 
     def parameter_groups(self) -> list[dict]:
@@ -53,293 +56,330 @@ class Stage(Protocol):
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         """Writes what a user loads."""
 
+    def state_dict(self) -> dict:
+        """What `compute_loss` gathers for the next validation, of this process."""
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on from there."""
+
 
 class Progress:
-    """The number of updates done, as an object that checkpoints can hold."""
+    """Where a run is, as an object that checkpoints can hold."""
 
     def __init__(self):
-        self.step = 0
+        self.step = 0  # updates done, those skipped among them
+        self.learning_rate = 0.0  # of the last of them
+        self.is_concluded = True  # whether what was due after it (row, validation) is done
+        self.is_checkpoint_due = False  # one was held back while updates were skipped
+        self.num_skipped = 0  # updates skipped in all
+        self.num_nonfinite = 0  # of the last in succession: for a loss or gradient that is no number
+        self.num_overflows = 0  # and for a gradient that was scaled too high
 
     def state_dict(self) -> dict:
-        return {"step": self.step}
+        return dict(vars(self))
 
     def load_state_dict(self, state: dict):
-        self.step = state["step"]
+        vars(self).update(state)
 
 
 def run(args: TrainArguments, accelerator: Accelerator, stage: Stage) -> None:
     """
-    Trains `stage` to the end of `args`, going on from its newest checkpoint, and saves the finished model.
+    Trains `stage` to the end of `args`, going on from its newest checkpoint that is whole, and saves the model.
 
     Raises:
-        ValueError: for a checkpoint that does not fit or is damaged, or a loss that is no longer a number.
-        OSError: if a checkpoint that the settings name is not there.
+        Stopped: after a signal to stop; the last update is in a checkpoint.
+        ValueError: for a checkpoint that does not fit, or too many updates in succession that could not be made.
+        OSError: for a checkpoint that is not there or cannot be written, or data that is gone; what was done by then
+            is in a checkpoint.
     """
-    output_dir = Path(args.output_dir)
-    optimizers = make_optimizers(args, stage.parameter_groups())
-    shape = (args.lr_warmup_steps, args.max_train_steps, args.lr_min_ratio)
-    schedules = [get_warmup_cosine_schedule(optimizer, *shape) for optimizer in optimizers]
-    model, *optimizers = accelerator.prepare(stage.model, *optimizers)
-    # A frozen model around an adapter has no average.
-    parameters = [parameter for parameter in accelerator.unwrap_model(model).parameters() if parameter.requires_grad]
-    ema = EMAModel(parameters, decay=args.ema_decay, foreach=True) if args.use_ema else None
-    progress = Progress()
-    accelerator.register_for_checkpointing(progress, *schedules, *([ema] if ema else []))
-    _resume(args, accelerator, model, optimizers, schedules, ema, progress)
-    _clean(accelerator, output_dir, progress.step)
-    if ema:
-        ema.to(accelerator.device)
+    with StopSignals() as signals:
+        Run(args, accelerator, stage, signals).train()
 
-    if args.eval_on_start and progress.step == 0:
-        _log(accelerator, output_dir, 0, _validate(accelerator, stage, model, output_dir, 0))
-    skipped = {}
-    batches = _report_skipped(_batches(args, accelerator, stage, progress.step), skipped)
-    bar = tqdm(total=args.max_train_steps, initial=progress.step, disable=not accelerator.is_main_process, unit="step")
-    meter = Meter()
-    while progress.step < args.max_train_steps:
-        _update(args, accelerator, stage, model, optimizers, batches, progress.step, meter)
-        learning_rate = optimizers[0].param_groups[0]["lr"]
-        for schedule in schedules:
+
+class Run:
+    """One run: what trains, and what is done with it in which order."""
+
+    def __init__(self, args: TrainArguments, accelerator: Accelerator, stage: Stage, signals: StopSignals):
+        self.args, self.accelerator, self.stage, self.signals = args, accelerator, stage, signals
+        self.output_dir, self.votes, self.saved_step = Path(args.output_dir), Votes(accelerator), None
+        self.num_failed_checkpoints = 0  # in succession
+        # 1. What makes an update.
+        self.scaler = make_gradient_scaler(args, stage.model)
+        self.optimizers = make_optimizers(args, stage.parameter_groups())
+        self.schedules, self.plateau = make_schedules(args, self.optimizers)
+        use_autocast(accelerator, stage.model)
+        self.model, *self.optimizers = accelerator.prepare(stage.model, *self.optimizers)
+        power_sgd = make_power_sgd(args, self.model, self.scaler)
+        # A frozen model around an adapter has no average.
+        own = accelerator.unwrap_model(self.model).parameters()
+        self.parameters = [parameter for parameter in own if parameter.requires_grad]
+        self.ema = ShardedEMA(self.parameters, decay=args.ema_decay, foreach=True) if args.use_ema else None
+        # 2. What it is made of, and what is told of it.
+        self.loader = make_loader(args, stage, accelerator.process_index, accelerator.num_processes)
+        self.skipped_rows = SkippedRows(args.output_dir, args.max_skipped_share)
+        self.reporter, self.progress = Reporter(args, accelerator), Progress()
+        # 3. All that determines what comes next is in the checkpoints.
+        registered = (self.progress, *self.schedules, self.ema)
+        accelerator.register_for_checkpointing(*(item for item in registered if item is not None))
+        summed_errors = SummedErrors(power_sgd) if power_sgd is not None else None
+        shared = {"scaler": self.scaler, "plateau": self.plateau, "skipped_rows": self.skipped_rows}
+        # The sum is loaded first; with as many processes as before, each one's own part then takes its place.
+        shared |= {"power_sgd_sum": summed_errors}
+        each = {"data": self.loader, "row": self.reporter, "power_sgd": power_sgd}
+        each |= {"stage": stage if hasattr(stage, "state_dict") else None}
+        states = ({name: item for name, item in items.items() if item is not None} for items in (shared, each))
+        self.checkpoints = Checkpoints(args, accelerator, self.votes, *states)
+
+    def train(self) -> None:
+        """From the newest checkpoint to the saved model."""
+        args, progress = self.args, self.progress
+        # 1. Where it was.
+        self._go_on()
+        self.reporter.start(progress.step)
+        if args.eval_on_start and progress.step == 0:
+            self.reporter.write(0, self._validate())
+        self.reporter.restart_clock()
+        if not progress.is_concluded:
+            self._conclude()
+        # 2. Updates, and what is due after some of them.
+        with closing(self.skipped_rows.watch(iter(self.loader))) as self.batches:
+            while progress.step < args.max_train_steps:
+                self._update()
+                self._stop_if_asked()
+                if self._conclude():
+                    self._stop_if_asked()
+        self.reporter.close()
+        # 3. The model.
+        with self._averaged():
+            model = gather_model(self.accelerator, self.model)
+            if self.accelerator.is_main_process:
+                self.stage.save(model, self.output_dir)
+        self.accelerator.end_training()
+
+    # ------------------------------------------------------------------------------------------------------ an update
+
+    def _update(self) -> None:
+        """One optimizer step over `gradient_accumulation_steps` batches, or none where a gradient is no number."""
+        args, accelerator, progress = self.args, self.accelerator, self.progress
+        self.model.train()
+        before, batches, logged = _StateBefore(self), [], []
+        for index in range(args.gradient_accumulation_steps):
+            batches.append(self._read_batch(before))
+            is_last = index == args.gradient_accumulation_steps - 1
+            with nullcontext() if is_last else accelerator.no_sync(self.model):
+                loss, logs = self.stage.compute_loss(self.model, batches[-1], progress.step)
+                logged.append({**logs, "loss": loss.detach()})
+                # All gradients of a loss that is no number are none either: so every process comes to know of it.
+                loss = loss * torch.where(loss.isfinite(), 1.0, math.nan)
+                accelerator.backward(self.scaler.scale_loss(loss) / args.gradient_accumulation_steps)
+        is_finite, norm = self._clip_gradients()
+        if is_finite:
+            for optimizer in self.optimizers:
+                optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        if self.scaler.is_scaling:
+            self.scaler.update()
+        progress.learning_rate = self.optimizers[0].param_groups[0]["lr"]
+        for schedule in self.schedules:
             schedule.step()
-        progress.step += 1
-        if ema:
-            ema.step(parameters)
-        bar.update()
-        is_last, values = progress.step == args.max_train_steps, {}
-        is_checkpoint = progress.step % args.checkpointing_steps == 0 or is_last
-        # A checkpoint ends a row of the log, so that a run that goes on from it logs the same rows.
-        if progress.step % args.logging_steps == 0 or is_checkpoint:
-            num_skipped = len(set(gather_object(list(skipped))))
-            values = {"lr": learning_rate, **meter.read(), "skipped_rows": num_skipped}
-            bar.set_postfix({key: f"{value:.4g}" for key, value in values.items() if key.endswith("loss")})
-            _check_finite(accelerator, values, progress.step)
-        if progress.step % args.validation_steps == 0 or is_last:
-            with _averaged(ema, parameters):
-                values |= _validate(accelerator, stage, model, output_dir, progress.step)
-        if values:
-            _log(accelerator, output_dir, progress.step, values)
-        if is_checkpoint:
-            _save_checkpoint(args, accelerator, output_dir, progress.step)
-        if values:
-            meter.restart_clock()
-    bar.close()
-    with _averaged(ema, parameters):
-        if accelerator.is_main_process:
-            stage.save(accelerator.unwrap_model(model), output_dir)
-    accelerator.end_training()
+        progress.step, progress.is_concluded = progress.step + 1, False
+        if self.ema is not None and progress.step % args.ema_update_steps == 0:
+            self.ema.step(self.parameters)
+        self.reporter.advance()
+        if not is_finite:
+            before.restore_buffers()
+            self._count_skipped(batches, logged, norm)
+            return
+        progress.num_nonfinite = progress.num_overflows = 0
+        self._log(logged)
+        self.reporter.add({"grad_norm": norm})
 
+    def _log(self, logged: list[dict[str, Any]]) -> None:
+        for logs in logged:
+            self.reporter.add(logs, self.args.train_batch_size * self.accelerator.num_processes)
 
-def _update(args, accelerator, stage, model, optimizers, batches, step, meter) -> None:
-    """One optimizer step over `gradient_accumulation_steps` batches; what it logs goes to `meter`."""
-    model.train()
-    for index in range(args.gradient_accumulation_steps):
-        batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in next(batches).items()}
-        is_last = index == args.gradient_accumulation_steps - 1
-        with nullcontext() if is_last else accelerator.no_sync(model):
-            loss, logs = stage.compute_loss(model, batch, step)
-            accelerator.backward(loss / args.gradient_accumulation_steps)
-        meter.add({**logs, "loss": loss}, args.train_batch_size * accelerator.num_processes)
-    if args.max_grad_norm is not None:
-        meter.add({"grad_norm": accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)})
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
+    def _read_batch(self, before: "_StateBefore") -> dict[str, torch.Tensor]:
+        """The next batch. Data that is gone, on whatever process, ends the run as it was before this update."""
+        batch, error = self.votes.attempt(lambda: next(self.batches), (OSError, ValueError))
+        if error is not None:
+            before.restore()
+            self._save_checkpoint(is_last=True)
+            raise error
+        return {key: value.to(self.accelerator.device, non_blocking=True) for key, value in batch.items()}
 
+    def _clip_gradients(self) -> tuple[bool, float]:
+        """Whether all gradients are finite, the same on all processes, and their norm before it was clipped."""
+        if self.scaler.is_scaling and not self.scaler.unscale():
+            return False, math.nan
+        limit = math.inf if self.args.max_grad_norm is None else self.args.max_grad_norm
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of shards
+        norm = float(norm)  # the one time an update is waited for
+        return math.isfinite(norm), norm
 
-def _batches(args, accelerator, stage, start_step) -> Iterator[dict]:
-    """This process's endless batches, from the position that `start_step` updates have reached."""
-    sampler = EpochBatchSampler(
-        len(stage.train_dataset),
-        args.train_batch_size,
-        seed=args.seed,
-        start_batch=start_step * args.gradient_accumulation_steps,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    )
-    loader = DataLoader(
-        stage.train_dataset,
-        batch_sampler=sampler,
-        collate_fn=stage.collator,
-        num_workers=args.dataloader_num_workers,
-        persistent_workers=args.dataloader_num_workers > 0,
-        generator=torch.Generator(),  # of its own: a loader must not draw from the generator that dropout uses
-    )
-    return iter(loader)
-
-
-def _report_skipped(batches: Iterator[dict], skipped: dict[int, str]) -> Iterator[dict]:
-    """The batches, with the rows that had to be passed over named once and noted in `skipped`."""
-    for batch in batches:
-        for row, reason in batch.pop("skipped").items():
-            if row not in skipped:
-                skipped[row] = reason
-                count = f"{len(skipped)} so far"
-                logger.warning(f"Skipped row {row} of the training data ({count}): {reason}", main_process_only=False)
-        yield batch
-
-
-class Meter:
-    """Means of what was logged since the last reading, over all processes, and pictures a second."""
-
-    def __init__(self):
-        self.sums, self.counts = {}, {}
-        self.restart_clock()
-
-    def restart_clock(self):
-        """Leaves out what passed since the last reading: a validation is not training."""
-        self.started, self.pictures = time.perf_counter(), 0
-
-    def add(self, logs: dict[str, Any], num_pictures: int = 0):
-        """Adds numbers, which may be tensors: they are not waited for."""
-        for key, value in logs.items():
-            value = value.detach() if torch.is_tensor(value) else value
-            self.sums[key] = self.sums.get(key, 0) + value
-            self.counts[key] = self.counts.get(key, 0) + 1
-        self.pictures += num_pictures
-
-    def read(self) -> dict[str, float]:
-        own = {key: (float(value), self.counts[key]) for key, value in self.sums.items()}
-        totals = {}
-        for logged in gather_object([own]):
-            for key, pair in logged.items():
-                totals.setdefault(key, []).append(pair)
-        values = {}
-        for key, pairs in totals.items():
-            sums, counts = zip(*pairs, strict=True)
-            values[key] = sum(sums) / sum(counts)
-        values["pictures_per_second"] = self.pictures / max(time.perf_counter() - self.started, 1e-9)
-        self.sums, self.counts = {}, {}
-        self.restart_clock()
-        return values
-
-
-def _check_finite(accelerator: Accelerator, values: dict[str, float], step: int):
-    # With a loss scale (fp16) a batch that overflows is passed over; without one it has spoilt the weights.
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(values.get(name, 0)) and accelerator.scaler is None:
-            raise ValueError(
-                f"{name} is {values[name]} at update {step}. Lower `learning_rate` or `max_grad_norm`, or lengthen"
-                " `lr_warmup_steps`. The same command goes on from the newest checkpoint, from before this."
-            )
-
-
-@contextmanager
-def _averaged(ema: EMAModel | None, parameters: list[torch.nn.Parameter]):
-    """The moving average in the model's place, while the block lasts."""
-    if ema is None:
-        yield
-        return
-    ema.store(parameters)
-    ema.copy_to(parameters)
-    try:
-        yield
-    finally:
-        ema.restore(parameters)
-
-
-def _validate(accelerator, stage, model, output_dir, step) -> dict[str, float]:
-    """Writes the stage's pictures and returns its figures, on the main process; the others wait."""
-    values = {}
-    if accelerator.is_main_process:
-        model.eval()
-        with torch.no_grad():
-            values, pictures = stage.validate(accelerator.unwrap_model(model))
-        for name, picture in pictures.items():
-            path = output_dir / "validation" / f"{name}-{step:07d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path)
-            for tracker in accelerator.trackers:
-                if tracker.name == "tensorboard":
-                    array = np.asarray(picture.convert("RGB"))
-                    tracker.writer.add_image(f"validation/{name}", array, step, dataformats="HWC")
-    accelerator.wait_for_everyone()
-    return values
-
-
-def _log(accelerator, output_dir, step, values):
-    accelerator.log(values, step=step)
-    if accelerator.is_main_process:
-        with (output_dir / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-
-
-def _clean(accelerator: Accelerator, output_dir: Path, step: int):
-    """Takes away what a killed run left: half a checkpoint, and logs of updates that will be done again."""
-    if not accelerator.is_main_process:
-        return
-    for path in output_dir.glob(".checkpoint-*"):
-        shutil.rmtree(path)
-    path = output_dir / "metrics.jsonl"
-    if path.is_file():
-        rows = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        beside = output_dir / ".metrics.jsonl"
-        beside.write_text("".join(f"{row}\n" for row in rows if json.loads(row)["step"] <= step and step))
-        beside.replace(path)
-
-
-def checkpoints(output_dir: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=_step_of)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def _resume(args, accelerator, model, optimizers, schedules, ema, progress):
-    """Loads the checkpoint to go on from, if there is one."""
-    found = checkpoints(Path(args.output_dir))
-    if args.resume_from_checkpoint == "latest":
-        folder = found[-1] if found else None
-    else:
-        folder = None if args.resume_from_checkpoint is None else Path(args.resume_from_checkpoint)
-    if folder is not None:
-        if not folder.is_dir():
-            raise OSError(f"`resume_from_checkpoint` names {folder}, which is not a folder.")
-        _load(folder, args, accelerator, model, optimizers, schedules, ema)
-        logger.info(f"Going on from {folder}, update {progress.step} of {args.max_train_steps}.")
-    if found and _step_of(found[-1]) > progress.step:
+    def _count_skipped(self, batches: list[dict], logged: list[dict[str, Any]], norm: float) -> None:
+        """Ends the run, the batch saved, where skipping has not helped for so long that it will not."""
+        progress, own_loss = self.progress, torch.stack([logs["loss"] for logs in logged]).mean().item()
+        progress.num_skipped += 1
+        if math.isfinite(own_loss):
+            self._log(logged)
+        wrong = [loss for loss in gather_object([own_loss]) if not math.isfinite(loss)]
+        what = f"loss is {wrong[0]}" if wrong else f"grad_norm is {norm}"
+        if self.scaler.is_scaling and not wrong:
+            progress.num_overflows += 1
+        else:
+            progress.num_nonfinite += 1
+            logger.warning(f"{what} at update {progress.step}, which is skipped ({progress.num_skipped} in all).")
+        if progress.num_nonfinite < self.args.max_nonfinite_updates and progress.num_overflows < MAX_OVERFLOWS:
+            return
+        name = f"nonfinite-batch-{progress.step}-{self.accelerator.process_index}.safetensors"
+        tensors = {key: torch.cat([batch[key] for batch in batches]).cpu().contiguous() for key in batches[0]}
+        save_file(tensors, self.output_dir / name, {"step": str(progress.step), "loss": str(own_loss)})
         raise ValueError(
-            f"{found[-1]} is of an earlier run, which one that starts at update {progress.step} would get mixed up"
-            " with. Delete it, or choose another `output_dir`."
+            f"{what} at update {progress.step}, and {max(progress.num_nonfinite, progress.num_overflows)} updates in"
+            f" succession had to be skipped. Lower `learning_rate` or `max_grad_norm`, or lengthen `lr_warmup_steps`;"
+            f" the last batch of each process is in {self.output_dir}/nonfinite-batch-*.safetensors. The same command"
+            " goes on from the newest checkpoint, from before this."
         )
 
+    # --------------------------------------------------------------------------------------------- between two updates
 
-def _load(folder: Path, args, accelerator, model, optimizers, schedules, ema):
-    # Only LoRA freezes weights; a checkpoint holds them too, and would put its own base in the place of today's.
-    frozen = [(weight, weight.detach().clone()) for weight in model.parameters() if not weight.requires_grad]
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-    try:
-        accelerator.load_state(str(folder))
-    except (RuntimeError, ValueError, KeyError, OSError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{folder} is damaged, or of a run with another model or other settings: choose another `output_dir`, or"
-            f" name another checkpoint in `resume_from_checkpoint`. ({str(error)[:300]})"
-        ) from error
-    if not all(torch.equal(weight, today) for weight, today in frozen):
-        raise ValueError(f"The base of {folder} is not `init_from`: choose another `output_dir`.")
-    # A checkpoint brings the optimizer's settings of its day; those of today hold.
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    for group, today in zip(groups, settings, strict=True):
-        group.update(today)
-    for optimizer, schedule in zip(optimizers, schedules, strict=True):
-        schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
-        for group, ratio in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
-            group["lr"] = group["initial_lr"] * ratio(schedule.last_epoch)
-    if ema:
-        ema.decay = args.ema_decay
+    def _conclude(self) -> bool:
+        """What is due after an update: a row of the log, a validation, a checkpoint. Gives whether something was."""
+        args, progress = self.args, self.progress
+        is_last, values = progress.step == args.max_train_steps, {}
+        is_due = progress.step % args.checkpointing_steps == 0 or is_last or progress.is_checkpoint_due
+        # Weights that give no numbers must not push those out that do.
+        is_checkpoint = is_due and (progress.num_nonfinite == 0 or is_last)
+        progress.is_checkpoint_due = is_due and not is_checkpoint
+        is_row = progress.step % args.logging_steps == 0 or is_checkpoint  # a checkpoint ends a row of the log
+        is_validation = progress.step % args.validation_steps == 0 or is_last
+        if is_row:
+            values = {"lr": progress.learning_rate, **self.reporter.read()}
+            values["skipped_rows"] = self.skipped_rows.gather(self.accelerator)
+            values["skipped_updates"] = progress.num_skipped
+            if self.plateau is not None and "loss" in values:
+                self.plateau.observe(values["loss"], progress.step)
+        if is_validation:
+            values |= self._validate()
+        if values:
+            self.reporter.write(progress.step, values)
+        progress.is_concluded = True
+        if is_checkpoint:
+            self._save_checkpoint(is_last)
+        if is_row or is_validation:
+            self.reporter.restart_clock()
+        return is_row or is_validation
+
+    def _stop_if_asked(self) -> None:
+        """After a signal on any process: a checkpoint as things are, and the end."""
+        number = self.votes.highest(self.signals.received)
+        # An update that was no number has no checkpoint: the next that is one does, or too many end the run.
+        if not number or self.progress.num_nonfinite:
+            return
+        self._save_checkpoint(is_last=True)
+        self.reporter.close()
+        self.accelerator.end_training()
+        logger.info(f"Stopped after update {self.progress.step}; the same command goes on.")
+        raise Stopped(number)
+
+    def _save_checkpoint(self, is_last: bool) -> None:
+        """One that cannot be written is tried again when the next is due; the last of a run has no next."""
+        if self.saved_step == self.progress.step:
+            return
+        self.skipped_rows.collect(self.accelerator)
+        try:
+            self.checkpoints.save(self.progress.step)
+        except OSError as error:
+            self.num_failed_checkpoints += 1
+            stays = (
+                "There is none so far" if self.saved_step is None else f"That of {self.saved_step} stays the newest"
+            )
+            if is_last or self.num_failed_checkpoints == MAX_FAILED_CHECKPOINTS:
+                raise OSError(f"{error}. {stays}: make room, and the same command goes on from there.") from error
+            logger.warning(f"{error}. {stays}. Training goes on, and tries again when the next is due: make room.")
+        else:
+            self.saved_step, self.num_failed_checkpoints = self.progress.step, 0
+            self.accelerator.wait_for_everyone()
+
+    def _validate(self) -> dict[str, float]:
+        """Writes the stage's pictures and returns its figures, on the main process; the others wait."""
+        values, model = {}, self.accelerator.unwrap_model(self.model)
+        is_main = self.accelerator.is_main_process
+        with self._averaged():
+            if is_main or is_sharded(model):  # a forward pass of a sharded model takes all processes
+                model.eval()
+                with torch.no_grad():
+                    values, pictures = self.stage.validate(model)
+            if is_main:
+                self.reporter.write_pictures(self.progress.step, pictures)
+        self.accelerator.wait_for_everyone()
+        return values
+
+    @contextmanager
+    def _averaged(self):
+        """The moving average in the model's place, while the block lasts."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters)
+
+    # ------------------------------------------------------------------------------------------------------- going on
+
+    def _go_on(self) -> None:
+        """Loads the checkpoint to go on from, if there is one."""
+        folder = self.checkpoints.find()
+        if folder is not None:
+            # Only LoRA freezes weights; a checkpoint holds them too, and would put its own base in place of today's.
+            frozen = [
+                (weight, weight.detach().clone()) for weight in self.model.parameters() if not weight.requires_grad
+            ]
+            with settings_of_today(self.optimizers, self.schedules):
+                self.checkpoints.load(folder)
+            if not all(torch.equal(weight, today) for weight, today in frozen):
+                raise ValueError(f"The base of {folder} is not `init_from`: choose another `output_dir`.")
+            if not (folder / "manifest.json").is_file():  # of an older version, whose data was rows by number
+                self.loader.skip_batches(self.progress.step * self.args.gradient_accumulation_steps)
+            if folder.parent == self.output_dir:
+                self.saved_step = self.progress.step
+            logger.info(f"Going on from {folder}, update {self.progress.step} of {self.args.max_train_steps}.")
+        newest = self.checkpoints.newest_step()
+        if newest > self.progress.step:
+            raise ValueError(
+                f"{self.output_dir}/checkpoint-{newest} is of an earlier run, which one that starts at update"
+                f" {self.progress.step} would get mixed up with. Delete it, or choose another `output_dir`."
+            )
+        self.checkpoints.clean()
+        if self.ema is not None:
+            self.ema.decay = self.args.ema_decay
+            self.ema.to(self.accelerator.device)
 
 
-def _save_checkpoint(args, accelerator, output_dir, step):
-    """Writes beside and then renames, so that a checkpoint under its final name is whole; so are those deleted."""
-    beside = output_dir / f".checkpoint-{step}"
-    accelerator.save_state(str(beside))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        beside.rename(output_dir / f"checkpoint-{step}")
-        if args.checkpoints_total_limit is not None:
-            for old in checkpoints(output_dir)[: -args.checkpoints_total_limit]:
-                shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
-    accelerator.wait_for_everyone()
+class _StateBefore:
+    """What an update changes before its step, for one that is not made: buffers, random numbers, place in the data."""
+
+    def __init__(self, run: Run):
+        self.buffers = [(buffer, buffer.clone()) for buffer in run.model.buffers()]
+        self.cuda = torch.cuda.get_rng_state() if run.accelerator.device.type == "cuda" else None
+        self.cpu = torch.get_rng_state()
+        items = [run.loader, run.skipped_rows, *([run.stage] if hasattr(run.stage, "state_dict") else [])]
+        self.states = [(item, copy.deepcopy(item.state_dict())) for item in items]
+
+    def restore_buffers(self) -> None:
+        """A codebook's moving averages, for one: what is no number must not stay in them."""
+        for buffer, value in self.buffers:
+            buffer.copy_(value)
+
+    def restore(self) -> None:
+        self.restore_buffers()
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda)
+        for item, state in self.states:
+            item.load_state_dict(state)

@@ -8,36 +8,44 @@ import logging
 import sys
 from pathlib import Path
 
+import dry_run
 import loop
+import machines
 import render_card
 import torch
 import train_dvae
 import train_prior
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import GradScalerKwargs, ProjectConfiguration, set_seed
 from arguments import DVAEArguments, TrainArguments, parse_arguments
 from describe_run import describe_training
+from interruptions import Stopped
+from reporting import tracker_options
 
 from hf_dalle.hub import render_model_card
 from hf_dalle.publishing import check_token, list_files, prepare_repository, push_files
 
 
 # What a run leaves beside the model: to go on from, and to watch it by.
-UNPUBLISHED = ("checkpoint-*/*", "logs/*", "validation/*", "metrics.jsonl")
+UNPUBLISHED = ("*checkpoint-*/*", "logs/*", "validation/*", "*.jsonl", "nonfinite-batch-*")
 
 
 def main(argv: list[str]) -> None:
+    if dry_run.is_asked(argv):
+        dry_run.main(argv)
+        return
     args = parse_arguments(argv)
     _check_tracker(args.report_to)
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # said outright, or processes that torchrun starts would not join
-        mixed_precision=args.mixed_precision,
+        # float16 is `make_gradient_scaler`'s: Accelerate's puts a scale of its own on top, and on a CPU does nothing.
+        mixed_precision="no" if args.mixed_precision == "fp16" else args.mixed_precision,
+        kwargs_handlers=[GradScalerKwargs(enabled=False)],
         log_with=args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=f"{args.output_dir}/logs"),
     )
-    if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("`mixed_precision: fp16` needs an accelerator; a CPU trains with 'no' or 'bf16'.")
+    machines.check_launch(accelerator, args)
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR)
     for name in ("accelerate", "httpx2"):  # they tell of each file of each checkpoint, of each request to the Hub
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -51,7 +59,7 @@ def main(argv: list[str]) -> None:
         repo_id = prepare_repository(name, args.hub_token, private=args.hub_private_repo or None)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     if args.report_to is not None:
-        accelerator.init_trackers("hf-dalle", config=_flatten(args))
+        accelerator.init_trackers("hf-dalle", config=_flatten(args), init_kwargs=tracker_options(args))
     loop.run(args, accelerator, stage)
     if repo_id is not None:
         print(f"Published: {_publish(args, repo_id, accelerator.num_processes)}")
@@ -89,5 +97,7 @@ def _flatten(args: TrainArguments) -> dict:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+    except Stopped as stopped:
+        stopped.end_process()
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")

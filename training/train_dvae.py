@@ -14,14 +14,16 @@ from accelerate.logging import get_logger
 from arguments import DVAEArguments, TrainArguments, check_names
 from diffusers.utils import make_image_grid
 from initialize_dvae import initialize_from_data, revive_codes
+from optimizers import exempt_from_decay
 from PIL import Image
 
 from hf_dalle import DalleDVAE, DalleImageProcessor
 from hf_dalle.autoencoder_dalle_dvae import DalleDVAEDecoderOutput
-from hf_dalle.data import CaptionImageCollator, CaptionImageDataset, RandomCrop, load_rows, read_in_order
+from hf_dalle.data import CaptionImageCollator, CaptionImageReader, RandomCrop, load_rows, read_in_order
 from hf_dalle.losses import DVAELoss, dvae_loss, pixel_loss
-from hf_dalle.metrics import perplexity, psnr
+from hf_dalle.metrics import codes_used, perplexity, pixel_bits_per_dim, psnr
 from hf_dalle.optimization import cosine_anneal
+from hf_dalle.streams import open_dataset
 
 
 logger = get_logger(__name__)
@@ -29,19 +31,19 @@ logger = get_logger(__name__)
 
 def image_datasets(
     args: TrainArguments, image_processor: DalleImageProcessor, crop_range: tuple[float, float], **kwargs
-) -> tuple[CaptionImageDataset, CaptionImageDataset | None]:
+) -> tuple[CaptionImageReader, CaptionImageReader | None]:
     """The training and the validation set that `args` name; `kwargs` go to both datasets."""
     size = image_processor.size["height"]
     augmentation = None
     if args.resize_range is not None:
         augmentation = RandomCrop(size, args.resize_range, args.crop_range or crop_range, args.do_random_flip)
     columns = {"image_column": args.image_column, "image_processor": image_processor, "seed": args.seed, **kwargs}
-    rows = load_rows(args.train_data_dir, args.dataset_name, args.train_split, args.image_column)
-    train = CaptionImageDataset(rows, augmentation=augmentation, **columns)
+    rows = load_rows(args.train_data_dir, args.dataset_name, args.train_split, args.image_column, args.streaming)
+    train = open_dataset(rows, args.shuffle_buffer_size, augmentation=augmentation, **columns)
     if args.validation_split is None:
         return train, None
-    rows = load_rows(args.train_data_dir, args.dataset_name, args.validation_split, args.image_column)
-    return train, CaptionImageDataset(rows, is_training=False, **columns)
+    rows = load_rows(args.train_data_dir, args.dataset_name, args.validation_split, args.image_column, args.streaming)
+    return train, open_dataset(rows, is_training=False, **columns)
 
 
 class DVAEStage:
@@ -67,19 +69,17 @@ class DVAEStage:
         self.model.to(memory_format=torch.channels_last)  # the quicker layout for convolutions, on CPUs in bf16 too
 
     def _initialize(self, num_pictures: int = 768):
-        num_pictures = min(num_pictures, len(self.train_dataset))
-        order = torch.randperm(len(self.train_dataset), generator=torch.Generator().manual_seed(self.args.seed))
-        items = [self.train_dataset[index] for index in order[:num_pictures].tolist()]
-        pixel_values = self.collator(items)["pixel_values"]
+        pixel_values = self.collator(self.train_dataset.draw_items(num_pictures))["pixel_values"]
         initialize_from_data(self.model, pixel_values, self.args.initial_kl_per_token, self.args.seed)
 
     def parameter_groups(self) -> list[dict]:
         """The encoder at `encoder_lr_ratio` of the decoder's learning rate."""
         encoder = list(self.model.encoder.parameters())
-        return [
+        groups = [
             {"params": list(self.model.decoder.parameters())},
             {"params": encoder, "lr": self.args.learning_rate * self.args.encoder_lr_ratio},
         ]
+        return exempt_from_decay(self.model, groups) if self.args.use_no_decay_groups else groups
 
     def compute_loss(self, model: torch.nn.Module, batch: dict, step: int) -> tuple[torch.Tensor, dict[str, Any]]:
         args, pixel_values = self.args, batch["pixel_values"].contiguous(memory_format=torch.channels_last)
@@ -131,7 +131,11 @@ class DVAEStage:
         )
 
     def validate(self, model: DalleDVAE) -> tuple[dict[str, float], dict[str, Image.Image]]:
-        """PSNR, likelihood and codebook use of the unrelaxed model, with `train_perplexity` since the last time."""
+        """
+        PSNR, likelihood (nats of mapped pixels, and bits a dimension of pixels in 0 ... 255: see
+        [`~hf_dalle.metrics.pixel_bits_per_dim`]) and codebook use of the unrelaxed model, with `train_perplexity`
+        since the last time.
+        """
         values = {"train_perplexity": perplexity(self.code_counts)}
         self._watch_codebook(values["train_perplexity"])
         self.code_counts.zero_()
@@ -139,7 +143,8 @@ class DVAEStage:
             return values, {}
         num_shown = self.args.num_validation_images
         decibels, nll, counts, shown = [], 0.0, torch.zeros_like(self.code_counts), []
-        for batch in read_in_order(self.validation_dataset, self.args.eval_batch_size, self.collator):
+        sizes = {"batch_size": self.args.eval_batch_size, "max_samples": self.args.max_validation_samples}
+        for batch in read_in_order(self.validation_dataset, collator=self.collator, **sizes):
             pixels = batch["pixel_values"].to(model.device)
             encoded = model.encode(pixels)
             decoded = model.decode(encoded.tokens)
@@ -151,9 +156,11 @@ class DVAEStage:
         values |= {
             "validation_psnr": math.fsum(decibels) / len(decibels),
             "validation_perplexity": perplexity(counts),
+            "validation_codes_used": codes_used(counts),
         }
         if not self._has_pixel_loss:  # with it nothing trains the likelihood's scale
-            values["validation_nll"] = nll / len(decibels)
+            values["validation_nll"] = nll = nll / len(decibels)  # a channel
+            values["validation_pixel_bits_per_dim"] = pixel_bits_per_dim(nll, 1, model.config.logit_laplace_eps)
         return values, {"reconstructions": self._grid(shown)}
 
     def _watch_codebook(self, used: float):
@@ -176,6 +183,17 @@ class DVAEStage:
         rows = [torch.stack(row) for row in zip(*shown, strict=True)]
         pictures = [picture for row in rows for picture in self.image_processor.postprocess(row, output_type="pil")]
         return make_image_grid(pictures, rows=2, cols=len(shown))
+
+    def state_dict(self) -> dict:
+        """This process's counts since the last validation, for its checkpoint."""
+        return {"code_counts": self.code_counts}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.code_counts = state["code_counts"].clone()
+
+    def add_state_dict(self, state: dict) -> None:
+        """Adds that of a process which is there no more."""
+        self.code_counts = self.code_counts + state["code_counts"]
 
     def save(self, model: DalleDVAE, folder: Path) -> None:
         """Writes a folder for [`DalleDVAE.from_pretrained`], with its image processor."""

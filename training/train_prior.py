@@ -5,15 +5,18 @@ checkpoint and LoRA in `finetune_prior.py`. Image tokens come from the dVAE at e
 `precompute_image_tokens.py` wrote.
 """
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from arguments import PriorArguments, check_names
 from diffusers.utils import make_image_grid
 from finetune_prior import add_adapter, find_start, load_prior, save_adapter
 from huggingface_hub.errors import StrictDataclassError
-from optimizers import split_matrices
+from optimizers import exempt_from_decay, split_matrices
 from PIL import Image
 from precompute_image_tokens import check_store
 from train_dvae import image_datasets, save_dvae
@@ -21,7 +24,12 @@ from transformers import AutoTokenizer
 
 from hf_dalle import DalleDVAE, DalleImageProcessor, DALLEPipeline, DallePriorConfig, DallePriorForCausalLM
 from hf_dalle.data import CaptionImageCollator, read_in_order
+from hf_dalle.losses import dvae_loss
+from hf_dalle.metrics import bits_per_dim, codes_used, perplexity, pixel_bits_per_dim, psnr
 from hf_dalle.sampling import resolve_settings
+
+
+logger = get_logger(__name__)
 
 
 class PriorStage:
@@ -37,11 +45,13 @@ class PriorStage:
         if args.lora_rank is not None:
             add_adapter(self.model, args)
         self.model.set_attn_implementation(args.attn_implementation)
+        if args.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
         check_names(args.generation, ["guidance_scale", "temperature", "top_k", "top_p"], "`generation`")
         resolve_settings(self.model.generation_config, **args.generation)
         self.model.generation_config.update(**args.generation)
-        if args.tokens_column is not None and args.train_data_dir is not None:
-            check_store(Path(args.train_data_dir), Path(args.dvae))
+        if args.tokens_column is not None:
+            _check_tokens(args)
         choices = {"caption_column": args.caption_column, "tokens_column": args.tokens_column}
         self.train_dataset, self.validation_dataset = image_datasets(
             args, self.image_processor, (3 / 8, 5 / 8), caption_dropout=args.caption_dropout, **choices
@@ -49,6 +59,7 @@ class PriorStage:
         text_length = self.model.config.text_length
         self.collator = CaptionImageCollator(self.tokenizer, text_length, bpe_dropout=args.bpe_dropout)
         self.validation_collator = CaptionImageCollator(self.tokenizer, text_length)
+        self._dvae_figures = None
 
     def _make_config(self) -> DallePriorConfig:
         """The model's sizes from the YAML; what the tokenizer and the dVAE fix, from them."""
@@ -72,8 +83,9 @@ class PriorStage:
             raise ValueError(f"A value in `model` does not fit: {error}") from error
 
     def parameter_groups(self) -> list[dict]:
-        """All parameters, decayed alike as in the paper. With LoRA these are the adapters'."""
-        return split_matrices(self.model, is_muon=self.args.optimizer == "muon")
+        """All parameters, by default decayed alike as in the paper. With LoRA these are the adapters'."""
+        groups = split_matrices(self.model, is_muon=self.args.optimizer == "muon")
+        return exempt_from_decay(self.model, groups) if self.args.use_no_decay_groups else groups
 
     def _image_tokens(self, batch: dict) -> torch.Tensor:
         """B x N tokens, stored or encoded now, in full precision."""
@@ -109,24 +121,68 @@ class PriorStage:
         return output.loss, {name: value for name, value in losses.items() if value is not None}
 
     def validate(self, model: DallePriorForCausalLM) -> tuple[dict[str, float], dict[str, Image.Image]]:
-        """The losses on the validation set, and pictures drawn for `validation_prompts`."""
+        """
+        The losses on the validation set, bits a dimension and codebook use, and pictures drawn for
+        `validation_prompts`.
+
+        The paper's bound on -ln p(x | y) is `E_q[-ln p(x | y, z)] + KL(q(z | x) || p(z | y))`; stage 2 takes for q the
+        encoder's likeliest tokens, and then the second term is the prior's `-ln p(z | y)`. Over 3 H W ln 2 that is
+        `validation_token_bits_per_dim`. The first term and the dVAE's PSNR are those of [`_measure_dvae`], where there
+        are pictures; `validation_bits_per_dim` is the sum.
+        """
         values, pictures = {}, {}
         if self.validation_dataset is not None:
-            sums, weights = {}, {}
-            for batch in read_in_order(self.validation_dataset, self.args.eval_batch_size, self.validation_collator):
-                batch.pop("skipped")
-                batch = {key: value.to(model.device) for key, value in batch.items()}
+            sums, weights, counts = {}, {}, torch.zeros(self.model.config.image_vocab_size)
+            for batch in self._validation_batches(model.device):
+                batch["image_tokens"] = self._image_tokens(batch)
                 loss, logs = self.compute_loss(model, batch, step=0)
+                counts += torch.bincount(batch["image_tokens"].flatten().cpu(), minlength=len(counts))
                 for name, value in {"loss": loss, **logs}.items():
                     # each picture has as many tokens as the next, but captions differ: start-of-text is no target
                     is_caption = name == "caption_loss"
                     weight = batch["attention_mask"][:, 1:].sum().item() if is_caption else len(batch["input_ids"])
                     sums[name] = sums.get(name, 0.0) + value.item() * weight
                     weights[name] = weights.get(name, 0) + weight
-            values = {f"validation_{name}": value / weights[name] for name, value in sums.items()}
+            values = {name: value / weights[name] for name, value in sums.items()}
+            values |= {"perplexity": perplexity(counts), "codes_used": codes_used(counts), **self._measure_dvae(model)}
+            nats = values["image_loss"] * self.model.config.num_image_tokens
+            values["token_bits_per_dim"] = bits_per_dim(nats, 3 * self.dvae.config.sample_size**2)
+            if "pixel_bits_per_dim" in values:
+                values["bits_per_dim"] = values["token_bits_per_dim"] + values["pixel_bits_per_dim"]
+            values = {f"validation_{name}": value for name, value in values.items()}
         if self.args.validation_prompts:
             pictures["samples"] = self._draw(model)
         return values, pictures
+
+    def _validation_batches(self, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+        sizes = {"batch_size": self.args.eval_batch_size, "max_samples": self.args.max_validation_samples}
+        for batch in read_in_order(self.validation_dataset, collator=self.validation_collator, **sizes):
+            yield {key: value.to(device) for key, value in batch.items() if torch.is_tensor(value)}
+
+    def _measure_dvae(self, model: DallePriorForCausalLM) -> dict[str, float]:
+        """
+        PSNR and -ln p(x | z) of the frozen dVAE on the validation pictures, once a run; nothing of stored tokens. A
+        likelihood that needs more bits than the pixels themselves, 8 a dimension, was not trained (`pixel_l1_weight`):
+        it is left out.
+        """
+        if self.args.tokens_column is not None:
+            return {}
+        if self._dvae_figures is None:
+            dvae, config, decibels, nll = self.dvae.to(model.device), self.dvae.config, [], 0.0
+            for batch in self._validation_batches(model.device):
+                pixels = batch["pixel_values"]
+                encoded = dvae.encode(pixels)
+                decoded = dvae.decode(encoded.tokens)
+                decibels += psnr(pixels, decoded.sample).tolist()
+                maps = (decoded.mu, decoded.log_b, encoded.logits)
+                nll += dvae_loss(pixels, *maps, 0.0, config.logit_laplace_eps, config.quantizer).nll.item() * len(
+                    pixels
+                )
+            bits = pixel_bits_per_dim(nll / len(decibels), 3 * config.sample_size**2, config.logit_laplace_eps)
+            self._dvae_figures = {"dvae_psnr": math.fsum(decibels) / len(decibels)}
+            if bits < 8:
+                self._dvae_figures["pixel_bits_per_dim"] = bits
+        return self._dvae_figures
 
     def _draw(self, model: DallePriorForCausalLM) -> Image.Image:
         """A row of pictures for each validation caption, from one seed."""
@@ -163,6 +219,15 @@ class PriorStage:
         }
         model.save_pretrained(folder / "prior", state_dict=weights)
         save_dvae(self.dvae, folder / "dvae", self.args.weights_dtype)
+
+
+def _check_tokens(args: PriorArguments) -> None:
+    """Refuses stored tokens of another dVAE; those of the Hub have no stamp that could tell."""
+    folder = Path(args.train_data_dir or args.dataset_name)
+    if args.train_data_dir is not None or folder.is_dir():
+        check_store(folder, Path(args.dvae))
+    else:
+        logger.warning(f"Nothing tells whether the tokens of {args.dataset_name} are of the dVAE {args.dvae}.")
 
 
 def _load(name: str, kind: type, folder: str) -> Any:

@@ -1,7 +1,9 @@
-"""Figures of merit as pure functions: PSNR, perplexity of codes, ranks of concepts, a ridge probe, the bootstrap.
+"""Figures of merit as pure functions: PSNR, bits a dimension, use of codes, ranks of concepts, a probe, the bootstrap.
 
 Tensors in, numbers out. The network whose features are ranked lives in `training/judge.py`.
 """
+
+import math
 
 import numpy as np
 import torch
@@ -18,6 +20,32 @@ def perplexity(counts: torch.Tensor) -> float:
     if not counts.sum():
         return 0.0
     return torch.special.entr(counts / counts.sum()).sum().exp().item()
+
+
+def codes_used(counts: torch.Tensor) -> float:
+    """The share of the codes that occur at all, in [0, 1]."""
+    return (counts > 0).float().mean().item()
+
+
+def bits_per_dim(nats: float, num_dims: int) -> float:
+    """Nats of a whole picture in bits a dimension; a picture of H x W has `num_dims` = 3 H W."""
+    return nats / (num_dims * math.log(2))
+
+
+def pixel_bits_per_dim(nll: float, num_dims: int, eps: float = 0.1) -> float:
+    """
+    The dVAE's -ln p(x | z) in bits a dimension, of pixels x in 0 ... 255.
+
+    The paper's likelihood is a density f of mapped pixels, phi(x) = (1 - 2 eps) / 255 x + eps, so that of x itself is
+    `ln f(phi(x)) + ln((1 - 2 eps) / 255)` a channel. As a density, and of pixels that are whole numbers, it is no
+    length of a code: it falls below zero where the decoder is sure of flat colours.
+
+    Args:
+        nll (`float`): the sum of -ln f(phi(x)) over the picture, in nats, as [`dvae_loss`] gives it.
+        num_dims (`int`): 3 H W.
+        eps (`float`): of the pixel map.
+    """
+    return bits_per_dim(nll, num_dims) - math.log2((1 - 2 * eps) / 255)
 
 
 def group_means(values: torch.Tensor, groups: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.Tensor]:
