@@ -4,7 +4,6 @@
 (van den Oord et al., 2017). The losses live in `losses.py`, the schedules of temperature and beta in `training/`.
 """
 
-import json
 import math
 from dataclasses import dataclass
 
@@ -12,30 +11,21 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from .autoencoder_dalle import (
+    DalleAutoencoderMixin,
+    DalleDecoderOutput,
+    DalleEncoderOutput,
+    compare_codes,
+    embed_codes,
+)
 from .logit_laplace import map_pixels, unmap_pixels
 
 
 @dataclass
-class DalleDVAEEncoderOutput(BaseOutput):
-    """
-    Output of [`DalleDVAE.encode`].
-
-    Args:
-        logits (`torch.Tensor`): B x K x h x w, unnormalised log-probabilities of the K codes in each cell; with
-            `quantizer="nearest"` minus the squared distance to each code.
-        tokens (`torch.LongTensor`): B x h x w, the most probable code of each cell.
-    """
-
-    logits: torch.Tensor
-    tokens: torch.Tensor
-
-
-@dataclass
-class DalleDVAEDecoderOutput(BaseOutput):
+class DalleDVAEDecoderOutput(DalleDecoderOutput):
     """
     Output of [`DalleDVAE.decode`].
 
@@ -45,7 +35,6 @@ class DalleDVAEDecoderOutput(BaseOutput):
         log_b (`torch.Tensor`): B x 3 x H x W, log of its scale.
     """
 
-    sample: torch.Tensor
     mu: torch.Tensor | None = None  # never None, but accelerate makes outputs anew from a dict as the first argument
     log_b: torch.Tensor | None = None
 
@@ -220,14 +209,11 @@ class DalleCodebook(nn.Module):
 
     def forward(self, encoded: torch.Tensor) -> torch.Tensor:
         """Minus the squared distance of each cell to each code: B x D x h x w -> B x K x h x w."""
-        cross = torch.einsum("bdhw,kd->bkhw", encoded, self.codes)
-        return 2 * cross - encoded.square().sum(1, keepdim=True) - self.codes.square().sum(1)[:, None, None]
+        return compare_codes(self.codes, encoded)
 
     def embed(self, codes: torch.Tensor) -> torch.Tensor:
         """Tokens B x h x w or relaxed one-hot vectors B x K x h x w to code vectors B x D x h x w."""
-        if codes.is_floating_point():
-            return torch.einsum("bkhw,kd->bdhw", codes, self.codes)
-        return self.codes[codes].movedim(-1, 1)
+        return embed_codes(self.codes, codes)
 
     @torch.no_grad()
     def update(self, encoded: torch.Tensor, tokens: torch.Tensor):
@@ -246,7 +232,7 @@ class DalleCodebook(nn.Module):
         self.codes.copy_(self.ema_sum / smoothed[:, None])
 
 
-class DalleDVAE(ModelMixin, ConfigMixin):
+class DalleDVAE(DalleAutoencoderMixin, ModelMixin, ConfigMixin):
     r"""
     The discrete VAE of DALL-E (paper, section 2.1). The defaults are OpenAI's released model: 256 x 256 pictures,
     32 x 32 tokens out of 8192. Downsampling is `patch_size * 2 ** (len(encoder_block_out_channels) - 1)`.
@@ -326,24 +312,19 @@ class DalleDVAE(ModelMixin, ConfigMixin):
         return self.config.patch_size * 2 ** (len(self.config.encoder_block_out_channels) - 1)
 
     @property
-    def image_grid_size(self) -> int:
-        """Tokens a side of a picture of `sample_size`."""
-        return self.config.sample_size // self.downsampling_factor
+    def widest_map(self) -> int:
+        """How many numbers the decoder's widest map of a picture has."""
+        widths = enumerate(self.config.decoder_block_out_channels)  # each twice the resolution of the one before
+        return max(width * (self.image_grid_size * 2**doublings) ** 2 for doublings, width in widths)
 
     def _encode(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The encoder's output map and the logits made of it: the same tensor with "gumbel"."""
-        shape, factor = pixel_values.shape, self.downsampling_factor
-        is_whole = len(shape) == 4 and shape[1] == 3 and shape[2] % factor == shape[3] % factor == 0
-        if not (is_whole and pixel_values.is_floating_point()):
-            raise ValueError(
-                "`pixel_values` must be floats B x 3 x H x W, where H and W are multiples of the downsampling of"
-                f" {factor}; got {tuple(shape)} of {pixel_values.dtype}."
-            )
+        self.check_pixels(pixel_values)
         encoded = self.encoder(map_pixels(pixel_values, self.config.logit_laplace_eps))
         return encoded, self.codebook(encoded) if self.config.quantizer == "nearest" else encoded
 
     @apply_forward_hook
-    def encode(self, pixel_values: torch.Tensor, return_dict: bool = True) -> DalleDVAEEncoderOutput | tuple:
+    def encode(self, pixel_values: torch.Tensor, return_dict: bool = True) -> DalleEncoderOutput | tuple:
         """
         Pictures to image tokens.
 
@@ -354,11 +335,9 @@ class DalleDVAE(ModelMixin, ConfigMixin):
         Raises:
             ValueError: for pictures of another shape or range.
         """
-        lowest, highest = pixel_values.aminmax()
-        if not (lowest >= 0 and highest <= 1):  # also where they are NaN
-            raise ValueError(f"`pixel_values` must lie in [0, 1], not [-1, 1]; got {lowest:g} to {highest:g}.")
+        self.check_range(pixel_values)
         _, logits = self._encode(pixel_values)
-        output = DalleDVAEEncoderOutput(logits=logits, tokens=logits.argmax(dim=1))
+        output = DalleEncoderOutput(logits=logits, tokens=logits.argmax(dim=1))
         return output if return_dict else output.to_tuple()
 
     @apply_forward_hook
@@ -373,16 +352,7 @@ class DalleDVAE(ModelMixin, ConfigMixin):
         Raises:
             ValueError: for codes of another shape, or tokens outside [0, K).
         """
-        vocab_size = self.config.vocab_size
-        is_relaxed = codes.is_floating_point() and codes.ndim == 4 and codes.shape[1] == vocab_size
-        is_tokens = codes.dtype in (torch.int64, torch.int32) and codes.ndim == 3
-        if not (is_relaxed or is_tokens):
-            raise ValueError(
-                f"`decode` takes tokens (int64, B x h x w) or relaxed one-hot vectors (B x {vocab_size} x h x w); got"
-                f" {tuple(codes.shape)} of {codes.dtype}."
-            )
-        if is_tokens and (codes.min() < 0 or codes.max() >= vocab_size):
-            raise ValueError(f"Image tokens must lie in [0, {vocab_size}); got {codes.min()} to {codes.max()}.")
+        self.check_codes(codes)
         if self.config.quantizer == "nearest":
             codes = self.codebook.embed(codes)
         output = DalleDVAEDecoderOutput(**self._decode(codes))
@@ -424,21 +394,6 @@ class DalleDVAE(ModelMixin, ConfigMixin):
             codes = gumbel_softmax(logits, temperature, generator)
         output = DalleDVAEOutput(**self._decode(codes), logits=logits, tokens=tokens, commitment_loss=commitment_loss)
         return output if return_dict else output.to_tuple()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, output_loading_info: bool = False, **kwargs):
-        """As [`ModelMixin.from_pretrained`], but weights that a file lacks are an `OSError`, not drawn at random."""
-        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        if info["missing_keys"]:
-            missing = ", ".join(sorted(info["missing_keys"]))
-            raise OSError(f"{pretrained_model_name_or_path} lacks weights of this model: {missing}.")
-        return (model, info) if output_loading_info else model
-
-    def to_json_string(self) -> str:
-        """The content of config.json, without the place that this model was loaded from."""
-        config = json.loads(super().to_json_string())
-        config.pop("_name_or_path", None)
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 def gumbel_softmax(logits: torch.Tensor, temperature: float, generator: torch.Generator | None = None) -> torch.Tensor:

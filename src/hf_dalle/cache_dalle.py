@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
+from .bordered_attention import BORDERED_TYPES, BorderedLayout, bordered_layout
 from .decode_attention import DecodeWindow, check_dtype
 from .image_attention import image_attention_offsets
 
@@ -53,10 +54,16 @@ class RingLayout(NamedTuple):
         steps = torch.div(states, self.num_rings, rounding_mode="floor")
         return states % self.num_rings * self.ring_length + steps % self.ring_length
 
+    def hidden_places(self, state: int, device: torch.device) -> torch.Tensor:
+        """Bool, ring_length: the places of its ring that image state `state` does not see."""
+        return _hidden_places(self, device)[self.locate(state)[1]]
+
 
 @cache
-def ring_layout(attention_type: str, grid_size: int, kernel_size: int = 11) -> RingLayout:
-    """The [`RingLayout`] of an attention type; arguments and errors as for [`image_attention_offsets`]."""
+def ring_layout(attention_type: str, grid_size: int, kernel_size: int = 11) -> RingLayout | BorderedLayout:
+    """The layout of an attention type; arguments and errors as for [`image_attention_offsets`]."""
+    if attention_type in BORDERED_TYPES:
+        return bordered_layout(attention_type, grid_size, kernel_size)
     offsets = image_attention_offsets(attention_type, grid_size, kernel_size)
     num_rings = math.gcd(*offsets) or 1
     return RingLayout(num_rings, offsets[-1] // num_rings + 1, tuple(offset // num_rings for offset in offsets))
@@ -85,14 +92,14 @@ def cache_bytes_read(
     return _count_bytes(config, slots, num_prompts, num_images, dtype)
 
 
-def _layouts(config) -> list[RingLayout]:
+def _layouts(config) -> list[RingLayout | BorderedLayout]:
     sizes = (config.image_grid_size, config.conv_kernel_size)
     return [ring_layout(attention_type, *sizes) for attention_type in config.attention_types]
 
 
 def _count_bytes(config, slots: Sequence[int], num_prompts: int, num_images: int, dtype: torch.dtype) -> int:
-    num_states = len(slots) * config.text_length * num_prompts + sum(slots) * num_images
-    return 2 * num_states * config.hidden_size * dtype.itemsize
+    num_states = len(slots) * config.num_text_states * num_prompts + sum(slots) * num_images
+    return 2 * num_states * config.num_attention_heads * config.head_dim * dtype.itemsize
 
 
 class DalleCache(Cache):
@@ -111,7 +118,7 @@ class DalleCache(Cache):
 
     def __init__(self, config, num_images_per_prompt: int = 1):
         self.sizes = _describe_sizes(config)
-        text_length = config.text_length
+        text_length = config.num_text_states
         super().__init__(layers=[DalleCacheLayer(layout, text_length) for layout in _layouts(config)])
         self.num_images_per_prompt = num_images_per_prompt
 
@@ -204,7 +211,7 @@ def check_cache(past_key_values: Cache, config, num_rows: int) -> None:
     if keys is None or keys.ndim != 4 or layer.get_seq_length() == 0:
         return
     own_rows = layer.num_rows if isinstance(layer, DalleCacheLayer) else len(keys)
-    expected = (num_rows, config.num_attention_heads, config.hidden_size // config.num_attention_heads)
+    expected = (num_rows, config.num_attention_heads, config.head_dim)
     if (own_rows, keys.shape[1], keys.shape[3]) != expected:
         raise ValueError(
             f"The cache holds {own_rows} rows, {keys.shape[1]} heads and {keys.shape[3]} channels a head, but the"
@@ -214,8 +221,9 @@ def check_cache(past_key_values: Cache, config, num_rows: int) -> None:
 
 
 def _describe_sizes(config) -> dict:
-    names = ("text_length", "image_grid_size", "conv_kernel_size", "hidden_size", "num_attention_heads")
-    return {**{name: getattr(config, name) for name in names}, "attention_types": list(config.attention_types)}
+    names = ("image_grid_size", "conv_kernel_size", "hidden_size", "num_attention_heads", "head_dim")
+    sizes = {"text_length": config.num_text_states, **{name: getattr(config, name) for name in names}}
+    return {**sizes, "attention_types": list(config.attention_types)}
 
 
 class DalleCacheLayer(CacheLayerMixin):
@@ -227,7 +235,7 @@ class DalleCacheLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False  # the number of rows is known from the first states on
 
-    def __init__(self, layout: RingLayout, text_length: int):
+    def __init__(self, layout: RingLayout | BorderedLayout, text_length: int):
         super().__init__()
         self.layout, self.text_length = layout, text_length
         self.num_images_per_prompt, self.length = 1, 0
@@ -337,9 +345,9 @@ class DalleCacheLayer(CacheLayerMixin):
     def open_window(self, is_static: bool = False) -> DecodeWindow:
         """As [`open_windows`]."""
         ring, place, num_filled = self.layout.locate(self.num_image_states)
-        self.length += 1
         start, device = ring * self.layout.ring_length, self.keys.device
-        is_hidden = _hidden_places(self.layout, device)[place, :] if self.layout.is_masked else None
+        is_hidden = self.layout.hidden_places(self.num_image_states, device) if self.layout.is_masked else None
+        self.length += 1
         if not is_static:
             is_hidden = is_hidden if is_hidden is None else is_hidden[:num_filled]
             return DecodeWindow(*self._buffers(), start + place, slice(start, start + num_filled), is_hidden)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from transformers.utils import is_psutil_available
 
 from .cache_dalle import cache_bytes
 from .configuration_dalle_prior import DallePriorConfig
+from .token_shift import count_shift_bytes
 
 
 SHARE_OF_FREE_MEMORY = 0.75  # the rest is for what the formulas leave out, and for other processes
@@ -92,24 +93,20 @@ def count_drawing_bytes(
     num_states = config.text_length / num_images_per_prompt + num_prefix_tokens / num_images_per_prefix
     layer = num_states * (6 * config.hidden_size + 2 * config.intermediate_size) * dtype.itemsize
     text = cache_bytes(config, num_prompts=1, num_images=0, dtype=dtype)
-    image = cache_bytes(config, num_prompts=0, num_images=1, dtype=dtype)
+    image = cache_bytes(config, num_prompts=0, num_images=1, dtype=dtype) + count_shift_bytes(config, dtype)
     logits = 8 * torch.float64.itemsize * config.image_vocab_size  # sorted, filtered, summed up
     return num_streams * math.ceil(image + logits + layer + text / num_images_per_prompt)
 
 
-def count_decoding_bytes(config: Any, dtype: torch.dtype) -> int:
+def count_decoding_bytes(dvae: nn.Module) -> int:
     """
-    About how many bytes a picture takes while a `DalleDVAE` decodes it: a resblock's maps at the widest resolution
-    and the six maps of the output.
+    About how many bytes a picture takes while an autoencoder decodes it: a resblock's maps where they are widest, and
+    the six maps of the output.
 
     Args:
-        config (`FrozenDict`): the dVAE's.
-        dtype (`torch.dtype`): of its weights.
+        dvae (`nn.Module`): a [`DalleDVAE`] or another with `widest_map`.
     """
-    groups = config.decoder_block_out_channels
-    sides = [config.sample_size // config.patch_size // 2**halvings for halvings in reversed(range(len(groups)))]
-    widest = max(channels * side**2 for channels, side in zip(groups, sides, strict=True))
-    return (6 * widest + 24 * config.sample_size**2) * dtype.itemsize
+    return (6 * dvae.widest_map + 24 * dvae.config.sample_size**2) * dvae.dtype.itemsize
 
 
 def count_fitting(module: nn.Module, device: torch.device, bytes_each: int, kept_bytes: int = 0) -> int:

@@ -176,6 +176,16 @@ class DallePriorConfig(PreTrainedConfig):
         return self.image_token_offset + self.image_vocab_size
 
     @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_text_states(self) -> int:
+        """Number of text states: the first states of a stream, which the pictures of a caption share."""
+        return self.text_length
+
+    @property
     def num_image_tokens(self) -> int:
         """Number of image tokens, and of image states."""
         return self.image_grid_size**2

@@ -48,7 +48,7 @@ class DalleDrawingMixin:
         """
         check_max_batch_size(max_batch_size)
         grids = tokens.unflatten(1, (self.dvae.image_grid_size, -1))
-        bytes_each = count_decoding_bytes(self.dvae.config, self.dvae.dtype)
+        bytes_each = count_decoding_bytes(self.dvae)
         num_fitting = count_fitting(self.dvae, tokens.device, bytes_each)
         if num_fitting < len(grids):
             drop_kept(self.prior)

@@ -58,6 +58,10 @@ class DallePriorGenerationMixin(GenerationMixin):
         """
         self.model.run_layer = CompiledLayer(**options)
 
+    def new_cache(self) -> DalleCache:
+        """An empty cache for drawing."""
+        return DalleCache(self.config)
+
     def generate(self, inputs: torch.LongTensor | None = None, generation_config=None, **kwargs):
         """
         Draws image tokens with transformers' loop; `sampling.draw_image_tokens` has generators and seeds.
@@ -95,7 +99,7 @@ class DallePriorGenerationMixin(GenerationMixin):
         is_free = model_kwargs.get("past_key_values") is None and generation_config.cache_implementation is None
         goes_back = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
         if is_free and generation_config.use_cache is not False and not goes_back:
-            model_kwargs["past_key_values"] = DalleCache(self.config)
+            model_kwargs["past_key_values"] = self.new_cache()
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args)
 

@@ -22,8 +22,10 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 from transformers.utils import logging
 
 from .configuration_dalle_prior import DallePriorConfig
+from .configuration_family_prior import DalleFamilyPriorConfig
 from .image_processing_dalle import DalleImageProcessor
 from .modeling_dalle_prior import DallePriorForCausalLM, DallePriorModel
+from .modeling_family_prior import DalleFamilyPriorForCausalLM, DalleFamilyPriorModel
 from .pipeline_dalle import DALLEPipeline
 from .processing_dalle import DalleProcessor
 from .publishing import CARD_TAGS
@@ -40,6 +42,9 @@ def register_classes() -> None:
     AutoConfig.register(DallePriorConfig.model_type, DallePriorConfig, exist_ok=True)
     AutoModel.register(DallePriorConfig, DallePriorModel, exist_ok=True)
     AutoModelForCausalLM.register(DallePriorConfig, DallePriorForCausalLM, exist_ok=True)
+    AutoConfig.register(DalleFamilyPriorConfig.model_type, DalleFamilyPriorConfig, exist_ok=True)
+    AutoModel.register(DalleFamilyPriorConfig, DalleFamilyPriorModel, exist_ok=True)
+    AutoModelForCausalLM.register(DalleFamilyPriorConfig, DalleFamilyPriorForCausalLM, exist_ok=True)
     AutoImageProcessor.register(DallePriorConfig, image_processor_classes={"pil": DalleImageProcessor}, exist_ok=True)
     AutoProcessor.register(DallePriorConfig, DalleProcessor, exist_ok=True)
     _register_with_diffusers()
@@ -61,9 +66,11 @@ def _register_with_diffusers() -> None:
             f" pip install 'diffusers=={SUPPORTED_DIFFUSERS}.*'"
         )
         return
-    methods = dict.fromkeys(
-        ("DallePriorForCausalLM", "DalleDVAE", "DalleImageProcessor"), ["save_pretrained", "from_pretrained"]
-    )
+    classes = [
+        *("DallePriorForCausalLM", "DalleFamilyPriorForCausalLM", "DalleImageProcessor"),
+        *("DalleDVAE", "DalleDiscreteVAE", "DalleVQGAN"),
+    ]
+    methods = {name: ["save_pretrained", "from_pretrained"] for name in classes}
     loadable["hf_dalle"] = methods
     importable.update(methods)
     diffusers.DALLEPipeline = DALLEPipeline

@@ -17,12 +17,15 @@ from diffusers.utils import BaseOutput, logging
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
+from .autoencoder_dalle_discrete_vae import DalleDiscreteVAE
 from .autoencoder_dalle_dvae import DalleDVAE
+from .autoencoder_dalle_vqgan import DalleVQGAN
 from .candidates import check_max_batch_size, explain_out_of_memory
 from .drawing import DalleDrawingMixin
 from .image_processing_dalle import DalleImageProcessor
 from .lora_dalle import DalleLoraLoaderMixin
 from .modeling_dalle_prior import DallePriorForCausalLM
+from .modeling_family_prior import DalleFamilyPriorForCausalLM
 from .publishing import DallePublishingMixin, check_folder
 from .reranking import rank_images
 from .sampling import resolve_settings, spawn_generators
@@ -59,8 +62,10 @@ class DALLEPipeline(DalleDrawingMixin, DalleLoraLoaderMixin, DallePublishingMixi
     [`DalleDrawingMixin`], which draws in chunks that fit into memory.
 
     Args:
-        prior ([`DallePriorForCausalLM`]): the transformer over text and image tokens.
-        dvae ([`DalleDVAE`]): turns image tokens into pictures, and pictures into tokens.
+        prior ([`DallePriorForCausalLM`] or [`DalleFamilyPriorForCausalLM`]):
+            The transformer over text and image tokens.
+        dvae ([`DalleDVAE`], [`DalleDiscreteVAE`] or [`DalleVQGAN`]):
+            Turns image tokens into pictures, and pictures into tokens.
         tokenizer (`PreTrainedTokenizerFast`): of captions.
         image_processor ([`DalleImageProcessor`]): of pictures given and returned.
         reranker (`PreTrainedModel`, *optional*): a CLIP-like model; sorts each prompt's pictures, best first.
@@ -79,8 +84,8 @@ class DALLEPipeline(DalleDrawingMixin, DalleLoraLoaderMixin, DallePublishingMixi
 
     def __init__(
         self,
-        prior: DallePriorForCausalLM,
-        dvae: DalleDVAE,
+        prior: DallePriorForCausalLM | DalleFamilyPriorForCausalLM,
+        dvae: DalleDVAE | DalleDiscreteVAE | DalleVQGAN,
         tokenizer: PreTrainedTokenizerFast,
         image_processor: DalleImageProcessor,
         reranker: PreTrainedModel | None = None,

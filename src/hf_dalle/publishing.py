@@ -76,14 +76,18 @@ class DallePublishingMixin:
             access = {name: hub[name] for name in ("token", "private", "create_pr") if name in hub}
             repo_id = prepare_repository(repo_id, **access)
         super().save_pretrained(save_directory, safe_serialization=True, **kwargs)
-        image_processor = {"image_processor": self.image_processor.to_dict(), "processor_class": "DalleProcessor"}
-        text = json.dumps(image_processor, indent=2, sort_keys=True) + "\n"
-        (folder / PROCESSOR_FILE).write_text(text, encoding="utf-8")
+        self.save_processor_config(folder)
         if do_save_code:
             self._save_code(folder)
         if push_to_hub:
             hub.pop("private", None)
             self._publish(folder, repo_id, **hub)
+
+    def save_processor_config(self, save_directory: str | Path) -> None:
+        """Saves what `AutoProcessor` looks for at a repository's root; `save_pretrained` does."""
+        image_processor = {"image_processor": self.image_processor.to_dict(), "processor_class": "DalleProcessor"}
+        text = json.dumps(image_processor, indent=2, sort_keys=True) + "\n"
+        (Path(save_directory) / PROCESSOR_FILE).write_text(text, encoding="utf-8")
 
     def push_to_hub(
         self,

@@ -155,7 +155,8 @@ def draw_image_tokens(
     Draws the image tokens of B prompts times n images, cell after cell in raster order (paper, section 2.2).
 
     Args:
-        prior ([`DallePriorForCausalLM`]): the model, called through its `forward` only.
+        prior ([`DallePriorForCausalLM`] or [`DalleFamilyPriorForCausalLM`]):
+            The model, of which `join_stream`, `new_cache`, `forward` and the sizes in its config are used.
         text_ids, attention_mask (`torch.LongTensor`): B x T, as the tokenizer gives them; the mask is 0 at pads.
         generators (`list[torch.Generator]`): B * n of them, from [`spawn_generators`].
         num_images_per_prompt (`int`): n; the images of a prompt are neighbours in the batch.
@@ -230,7 +231,7 @@ def _draw(
     num_rows = num_images * (2 if guidance_scale > 1 else 1)  # the conditional ones, then the unconditional ones
     cache = _kept_caches.pop(prior, None)  # a drawing that goes on at the same time makes its own
     if cache is None or not cache.is_for(prior.config):
-        cache = DalleCache(prior.config)
+        cache = prior.new_cache()
     is_finite = True
     try:
         logits = _prefill(prior, input_ids, cache, num_texts, num_rows)
@@ -264,7 +265,7 @@ def _prefill(
     cache.reset()
     cache.num_images_per_prompt = num_rows // num_texts
     if len(input_ids) > num_texts:  # a prefix an image
-        text_ids, input_ids = input_ids.tensor_split([prior.config.text_length], dim=1)
+        text_ids, input_ids = input_ids.tensor_split([prior.config.num_text_states], dim=1)
         prior(text_ids[:: len(text_ids) // num_texts], past_key_values=cache, use_cache=True, logits_to_keep=1)
     output = prior(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return _to_float64(output.image_logits[:, -1]).repeat_interleave(num_rows // len(input_ids), dim=0)
