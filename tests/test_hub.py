@@ -42,7 +42,8 @@ def test_every_export_exists():
 def test_diffusers_knows_the_components_and_the_pipeline():
     """Guards the private tables: with another diffusers this shows whether `hub.py` still does its work."""
     methods = ["save_pretrained", "from_pretrained"]
-    assert set(tables.LOADABLE_CLASSES["hf_dalle"]) == {"DallePriorForCausalLM", "DalleDVAE", "DalleImageProcessor"}
+    models = {"DallePriorForCausalLM", "DalleFamilyPriorForCausalLM", "DalleDVAE", "DalleDiscreteVAE", "DalleVQGAN"}
+    assert set(tables.LOADABLE_CLASSES["hf_dalle"]) == {*models, "DalleImageProcessor"}
     for name, own_methods in tables.LOADABLE_CLASSES["hf_dalle"].items():
         assert own_methods == tables.ALL_IMPORTABLE_CLASSES[name] == methods
         assert all(callable(getattr(getattr(hf_dalle, name), method)) for method in methods)

@@ -488,7 +488,7 @@ guided = {"guidance_scale": 2.0, "negative_text_ids": ids, "negative_attention_m
 seen["guided"] = [measure(lambda: draw_three(**guided)), 64 * count_drawing_bytes(prior.config, prior.dtype, 2)]
 with torch.no_grad():
     seen["decoded"] = [
-        measure(lambda: dvae.decode(tokens.long())), 32 * count_decoding_bytes(dvae.config, dvae.dtype)
+        measure(lambda: dvae.decode(tokens.long())), 32 * count_decoding_bytes(dvae)
     ]
 print(json.dumps(seen))
 """
