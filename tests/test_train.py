@@ -267,7 +267,7 @@ def test_a_loss_that_is_no_number_ends_the_run(home, tmp_path):
     ("changes", "words"),
     [
         ({"report_to": "wandb"}, "`report_to` is 'wandb', which is not installed"),
-        ({"report_to": "carrier pigeon"}, "may be tensorboard, none"),
+        ({"report_to": "carrier pigeon"}, "may be tensorboard, (trackio, )?none"),
         ({"model": {"hiden_size": 8}}, "unknown key `hiden_size`. Did you mean `hidden_size`?"),
         ({"model": {"hidden_size": 8.5}}, "A value in `model` does not fit"),
         ({"model": {"hidden_size": 9}}, "must divide `hidden_size`"),

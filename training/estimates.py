@@ -307,12 +307,7 @@ def _count_gathered(args: TrainArguments, model: torch.nn.Module) -> int:
     largest = 3 * max(numbers) + 2 * others
     if args.gradient_accumulation_steps > 1:  # gradients stay whole until the last part of the batch
         largest += sum(numbers) - max(numbers)
-    return largest * _sent_bytes(args)
-
-
-def _sent_bytes(args: TrainArguments) -> int:
-    """Of a number that FSDP2 sends, by Accelerate's policy; float16 is our scaler's, on whole float32 weights."""
-    return 2 if args.mixed_precision == "bf16" else 4
+    return largest * 4
 
 
 def _count_traffic(args: TrainArguments, machines: Machines, model: torch.nn.Module, trained: list) -> dict:
@@ -326,7 +321,7 @@ def _count_traffic(args: TrainArguments, machines: Machines, model: torch.nn.Mod
         raise ValueError("`power_sgd_rank` goes with `--sharding ddp` only: PowerSGD is a hook of DDP.")
     cut = machines.num_shards
     layers, rest = (
-        sum(shard_bytes(weight, cut) for weight in weights) * cut * _sent_bytes(args) // 4
+        sum(shard_bytes(weight, cut) for weight in weights) * cut
         for weights in ([weight for layer in _split_layers(model)[0] for weight in layer], _split_layers(model)[1])
     )
     # Layers are gathered for the forward pass and again for the backward one, the others stay; sums come once.

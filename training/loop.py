@@ -135,7 +135,7 @@ class Run:
         args, progress = self.args, self.progress
         # 1. Where it was.
         self._go_on()
-        self.reporter.start(progress.step)
+        self.reporter.start(progress.step, progress.is_concluded)
         if args.eval_on_start and progress.step == 0:
             self.reporter.write(0, self._validate())
         self.reporter.restart_clock()

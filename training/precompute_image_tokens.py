@@ -45,8 +45,8 @@ class NumberedRows:
     """Rows by number, cut into shards of `rows_per_shard`: a `datasets.Dataset`, all columns kept, or `TarRows`."""
 
     def __init__(self, args: argparse.Namespace, rows):
-        self.rows, self.size = rows, args.rows_per_shard
-        self.num_shards = max(1, -(-len(rows) // self.size))
+        self.rows, self.num_shards = rows, max(1, -(-len(rows) // args.rows_per_shard))
+        self.size = max(1, -(-len(rows) // self.num_shards))  # evenly: no last shard of a few rows, all of them broken
         self.about = {"num_rows": len(rows), "rows_per_shard": self.size}
         self.others = None
         if isinstance(rows, datasets.Dataset):

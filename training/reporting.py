@@ -36,8 +36,11 @@ class Reporter:
         self.unwritten_rows: list[str] = []
         self.unwritten_pictures: dict[Path, Image.Image] = {}
 
-    def start(self, step: int) -> None:
-        """Opens the bar at update `step`; rows of later updates, which a killed run left, are taken away."""
+    def start(self, step: int, is_concluded: bool = True) -> None:
+        """
+        Opens the bar at update `step`; rows of later updates, which a killed run left, are taken away, and that of
+        this one where it is still to be written.
+        """
         self.bar = tqdm(
             total=self.max_train_steps, initial=step, disable=not self.accelerator.is_main_process, unit="step"
         )
@@ -45,7 +48,9 @@ class Reporter:
         if self.accelerator.is_main_process and path.is_file():
             rows = [line for line in path.read_text().splitlines() if line.endswith("}")]
             beside = self.output_dir / ".metrics.jsonl"
-            beside.write_text("".join(f"{row}\n" for row in rows if json.loads(row)["step"] <= step and step))
+            beside.write_text(
+                "".join(f"{row}\n" for row in rows if json.loads(row)["step"] < step + is_concluded and step)
+            )
             beside.replace(path)
 
     def add(self, logs: dict[str, Any], num_pictures: int = 0) -> None:

@@ -6,6 +6,7 @@ The YAML names the stage, "dvae" or "prior". What a stage computes lives in the 
 
 import logging
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import dry_run
@@ -17,7 +18,7 @@ import train_dvae
 import train_prior
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import GradScalerKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import GradScalerKwargs, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from arguments import DVAEArguments, TrainArguments, parse_arguments
 from describe_run import describe_training
 from interruptions import Stopped
@@ -41,7 +42,8 @@ def main(argv: list[str]) -> None:
         cpu=not torch.accelerator.is_available(),  # said outright, or processes that torchrun starts would not join
         # float16 is `make_gradient_scaler`'s: Accelerate's puts a scale of its own on top, and on a CPU does nothing.
         mixed_precision="no" if args.mixed_precision == "fp16" else args.mixed_precision,
-        kwargs_handlers=[GradScalerKwargs(enabled=False)],
+        # The others wait while the main process validates, longer than NCCL's ten minutes.
+        kwargs_handlers=[GradScalerKwargs(enabled=False), InitProcessGroupKwargs(timeout=timedelta(hours=1))],
         log_with=args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=f"{args.output_dir}/logs"),
     )

@@ -118,7 +118,13 @@ class PriorStage:
             input_ids = self._hide_image_tokens(input_ids)
         output = model(input_ids=input_ids, labels=labels)
         losses = {"text_loss": output.text_loss, "caption_loss": output.caption_loss, "image_loss": output.image_loss}
-        return output.loss, {name: value for name, value in losses.items() if value is not None}
+        loss = output.loss
+        if model.training and output.text_loss is not None:
+            # A mean over the captions kept would weigh each by how many its batch has; as parts of what is kept on
+            # average, any split of an update into batches gives the same gradients.
+            share = (~batch["caption_dropped"]).float().mean() / (1 - self.args.caption_dropout)
+            loss = loss + self.model.config.text_loss_weight * (share - 1) * output.text_loss
+        return loss, {name: value for name, value in losses.items() if value is not None}
 
     def validate(self, model: DallePriorForCausalLM) -> tuple[dict[str, float], dict[str, Image.Image]]:
         """
