@@ -145,6 +145,7 @@ def _trace_prior(args: PriorArguments) -> Traced:
         model.set_attn_implementation(args.attn_implementation)
         layers = list(model.model.layers)
         activations = _count(args, model, layers, lambda: prior_loss_without_values(model, args.train_batch_size))
+        activations += 4  # the share of captions kept, which the text loss is multiplied by
         groups = split_matrices(model, is_muon=args.optimizer == "muon")
         dvae = build_dvae(dvae_config) if dvae_config is not None else None
         frozen, flops = {}, sum(count_flops(config))
@@ -155,7 +156,7 @@ def _trace_prior(args: PriorArguments) -> Traced:
                 with torch.no_grad():
                     flops += trace_flops(lambda: dvae._encode(torch.rand(1, 3, size, size)))
     if args.tokens_column is None:
-        notes.append("The dVAE encodes each batch; what that needs for a moment is not in the memory below.")
+        notes.append("The dVAE encodes each batch; what that needs for a moment is not counted.")
     tokens = {"text": config.text_length, "image": config.num_image_tokens}
     return Traced(model, activations, flops, tokens, groups, frozen, notes)
 
