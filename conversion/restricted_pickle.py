@@ -10,6 +10,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 
 MAX_PICKLE_BYTES = 2**24  # a checkpoint's pickle has some 200 bytes a tensor; lists of one byte each take 56 in memory
+MAX_STEPS = 2**21  # some 30 a tensor; what a step makes takes 216 bytes at most, beside what it read
+MAX_COPIED = 2**20  # elements of what names are called with, which a file may hold once and call with often
 _MARK = object()
 
 _LITERALS = {
@@ -83,6 +85,7 @@ class Machine:
         self.makers, self.classes, self.load_persistent = makers, classes, load_persistent
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.num_copied = 0
 
     def run(self, reader: BoundedReader) -> Any:
         """
@@ -91,7 +94,7 @@ class Machine:
             OSError: for a pickle that is cut or damaged.
         """
         operations = pickletools.genops(reader)
-        while True:
+        for _ in range(MAX_STEPS):
             try:
                 operation, argument, _ = next(operations)
             except (ValueError, StopIteration) as error:
@@ -102,6 +105,7 @@ class Machine:
                 self.step(operation.name, argument)
             except (IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
                 raise OSError(f"its pickle is damaged ({operation.name}: {error!r})") from error
+        raise ValueError(f"it takes more than {MAX_STEPS} steps")
 
     def step(self, operation: str, argument: Any) -> None:
         if operation in _LITERALS:
@@ -215,6 +219,9 @@ class Machine:
         arguments, what = self.pop(), self.pop()
         if type(what) is not Name or type(arguments) is not tuple:
             raise ValueError(f"it calls {_describe(what)}")
+        self.num_copied += sum(len(part) for part in arguments if type(part) in (str, bytes, list, tuple, set, dict))
+        if self.num_copied > MAX_COPIED:
+            raise ValueError(f"it copies more than {MAX_COPIED} elements")
         maker = self.makers.get(what.name)
         self.stack.append(maker(*arguments) if maker is not None else Shell(what.name, arguments))
 

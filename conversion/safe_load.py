@@ -19,7 +19,7 @@ from .restricted_pickle import BoundedReader, Machine, Name, Shell, make_set
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _ZIP_MAGIC = b"PK\x03\x04"
 _LOCAL_HEADER_BYTES = 30
-_MAX_DEPTH, _MAX_TENSORS = 100, 2**16
+_MAX_DEPTH, _MAX_TENSORS, _MAX_NAME, _MAX_DIMS = 100, 2**16, 1000, 64
 
 _STORAGE_DTYPES = {
     f"torch.{name}Storage": dtype
@@ -56,7 +56,10 @@ class StoredTensor:
 
     def __init__(self, storage: Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]):
         numbers = [offset, *shape, *strides]
-        if len(shape) != len(strides) or any(type(number) is not int or number < 0 for number in numbers):
+        # Words never hold what a file nests: a tuple nested sixty times in itself would never be written out.
+        if len(numbers) > 1 + 2 * _MAX_DIMS or any(type(number) is not int or number >= 2**63 for number in numbers):
+            raise ValueError("a tensor has a shape, strides or an offset that are no counts")
+        if len(shape) != len(strides) or any(number < 0 for number in numbers):
             raise ValueError(f"a tensor has the shape {shape}, strides {strides} and offset {offset}")
         self.storage, self.offset, self.strides = storage, offset, strides
         self.dtype, self.shape = storage.dtype, torch.Size(shape)
@@ -146,10 +149,11 @@ def list_tensors(content: Any) -> dict[str, StoredTensor]:
         ValueError: if something else is among them.
     """
     tensors: dict[str, StoredTensor] = {}
-    waiting = [("", content, 0)]
+    waiting, num_seen = [("", content, 0)], 0
     while waiting:
         prefix, value, depth = waiting.pop()
-        if depth > _MAX_DEPTH or len(tensors) + len(waiting) > _MAX_TENSORS:
+        num_seen += 1
+        if depth > _MAX_DEPTH or num_seen + len(waiting) > 2 * _MAX_TENSORS or len(prefix) > _MAX_NAME:
             raise ValueError("A state dict is nested in itself, or too deep.")
         if type(value) is StoredTensor:
             tensors[prefix.removesuffix(".")] = value
@@ -268,8 +272,8 @@ def _make_storage(path: Path, identifier: Any) -> tuple[str, Storage]:
     _, kind, key, _, numel, *view = identifier
     if type(kind) is not Name or kind.name not in _STORAGE_DTYPES:
         raise ValueError(f"it has a storage of {getattr(kind, 'name', 'no')!r} type")
-    if type(key) is not str or type(numel) is not int or numel < 0 or view not in ([], [None]):
-        raise ValueError(f"it has a storage {key!r} of {numel!r} elements, or a view of one")
+    if type(key) is not str or type(numel) is not int or not 0 <= numel < 2**63 or view not in ([], [None]):
+        raise ValueError("it has a storage of no known name or number of elements, or a view of one")
     return key, Storage(path, _STORAGE_DTYPES[kind.name], numel)
 
 
@@ -308,7 +312,9 @@ def _make_size(sizes: Any) -> tuple:
 
 
 def _make_device(kind: Any, index: Any = None) -> str:
-    return f"{kind}" if index is None else f"{kind}:{index}"
+    if type(kind) is not str or len(kind) > 20 or type(index) not in (int, type(None)):
+        raise ValueError("it makes a device of no known kind")
+    return kind if index is None else f"{kind}:{index}"
 
 
 def _make_bytes(text: Any, encoding: Any) -> bytes:

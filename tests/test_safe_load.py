@@ -254,6 +254,37 @@ def test_a_pickle_that_asks_for_much_is_refused(tmp_path):
     assert load_checkpoint(write_zip(tmp_path / "memo.pt", b"}r\xff\xff\xff\xff.")).content == {}
 
 
+# A tuple that holds itself twice, sixty times over: whatever walks all of it never ends.
+NESTED = b")q\x01" + b"h\x01h\x01\x86q\x01" * 60
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (NESTED + b"ctorch\ndevice\nh\x01\x85R.", "device of no known kind"),
+        (NESTED + b"(X\x07\x00\x00\x00storage" + FLOATS + b"h\x01X\x03\x00\x00\x00cpuK\x01tQ.", "no known name"),
+        (NESTED + REBUILD + b"(" + STORAGE + b"K\x00h\x01h\x01tR.", "no counts"),
+        (REBUILD + b"(" + STORAGE + b"K\x00(K\x00\x8a\x09" + b"\xff" * 8 + b"\x00t(K\x01K\x01ttR.", "no counts"),
+        (b"(" + b"N" * 2**16 + b"lq\x010(" + b"ctorch\nSize\nh\x01\x85R" * 40 + b"l.", "copies more than"),
+        (b"\x80\x04(" + b"\x8f" * 2**22 + b"l.", "more than 2097152 steps"),
+    ],
+    ids=["device", "storage", "shape", "size", "copies", "steps"],
+)
+def test_small_files_that_would_grow_are_refused(tmp_path, data, words):
+    with pytest.raises(ValueError, match=words):
+        load_checkpoint(write_zip(tmp_path / "file.pt", data, {"data/0": bytes(16)}))
+
+
+def test_empty_state_dicts_nested_in_themselves_end(tmp_path):
+    shared: dict = {}
+    for _ in range(60):
+        shared = {"left": shared, "right": shared}
+    many = {"a" * 2**20: {f"{number}": {} for number in range(2**10)}}
+    for content in (shared, many):
+        with pytest.raises(ValueError, match="nested in itself, or too deep"):
+            list_tensors(load_checkpoint(save(content, tmp_path / "file.pt")).content)
+
+
 def test_state_dicts_nested_in_themselves_end(tmp_path):
     loop: dict = {}
     loop["again"] = loop
