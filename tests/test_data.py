@@ -326,6 +326,21 @@ def test_caption_dropout_empties_its_share():
     assert all(item["caption"] for item in (plain[row] for row in range(20)))
 
 
+def test_caption_word_dropout_leaves_words_out_in_order_but_never_all():
+    words = [f"word{number}" for number in range(10)]
+    rows = [{**row, "captions": [" ".join(words)]} for row in list_rows()]
+    dataset = build_dataset(rows, caption_word_dropout=0.6)
+    captions = [dataset[epoch, row]["caption"].split() for epoch in range(20) for row in range(20)]
+    assert all(caption and caption == sorted(caption) for caption in captions)
+    shares = [1 - len(caption) / len(words) for caption in captions]
+    assert 0.26 < sum(shares) / len(shares) < 0.34  # shares from 0 to 0.6, each as likely
+    assert any(share >= 0.5 for share in shares) and any(share == 0 for share in shares)
+    one_word = build_dataset([{**row, "captions": ["word"]} for row in rows], caption_word_dropout=0.9)
+    assert {one_word[epoch, row]["caption"] for epoch in range(9) for row in range(20)} == {"word"}
+    plain = build_dataset(rows, caption_word_dropout=0.9, is_training=False)
+    assert plain[0]["caption"].split() == words
+
+
 def test_bpe_dropout_is_in_the_collator_that_asks_for_it_alone():
     tokenizer = build_tokenizer()
     items = [{"caption": "a glossy 3d style emoji of hedgehog", "key": (0, 0, row)} for row in range(20)]

@@ -203,6 +203,9 @@ class PriorArguments(TrainArguments):
         default=None, metadata={"help": "Column of precomputed tokens (precompute_image_tokens.py) to read instead."}
     )
     caption_dropout: float = field(default=0.1, metadata={"help": "Share of captions emptied, for guidance."})
+    caption_word_dropout: float = field(
+        default=0.0, metadata={"help": "Up to this share of a caption's words is left out; the share varies."}
+    )
     attn_implementation: Literal["sdpa", "eager"] = field(
         default="sdpa",
         metadata={"help": "Of the prior in training; on short streams in bf16 on a CPU eager is quicker."},
@@ -293,8 +296,8 @@ _RANGES = [
         lambda value: 0 <= value < 1,
         "in [0, 1)",
         (
-            *("adam_beta1", "adam_beta2", "ema_decay", "caption_dropout", "bpe_dropout", "lora_dropout"),
-            *("codebook_revival_share", "lr_plateau_threshold"),
+            *("adam_beta1", "adam_beta2", "ema_decay", "caption_dropout", "caption_word_dropout", "bpe_dropout"),
+            *("lora_dropout", "codebook_revival_share", "lr_plateau_threshold"),
         ),
     ),
     (lambda value: 0 <= value <= 1, "in [0, 1]", ("lr_min_ratio", "image_token_dropout", "max_skipped_share")),

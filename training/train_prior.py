@@ -53,8 +53,9 @@ class PriorStage:
         if args.tokens_column is not None:
             _check_tokens(args)
         choices = {"caption_column": args.caption_column, "tokens_column": args.tokens_column}
+        choices |= {"caption_dropout": args.caption_dropout, "caption_word_dropout": args.caption_word_dropout}
         self.train_dataset, self.validation_dataset = image_datasets(
-            args, self.image_processor, (3 / 8, 5 / 8), caption_dropout=args.caption_dropout, **choices
+            args, self.image_processor, (3 / 8, 5 / 8), **choices
         )
         text_length = self.model.config.text_length
         self.collator = CaptionImageCollator(self.tokenizer, text_length, bpe_dropout=args.bpe_dropout)

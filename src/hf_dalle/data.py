@@ -185,7 +185,7 @@ class CaptionImageReader:
 
     Args:
         rows (`datasets.Dataset`, `TarRows` or `Shards`): from [`load_rows`].
-        seed (`int`): of all random choices: crop, which caption, which stored view, caption dropout.
+        seed (`int`): of all random choices: crop, which caption, which stored view, what of the caption is left out.
         image_processor ([`DalleImageProcessor`]): prepares pictures where there is no `augmentation`.
         augmentation (`Callable`, *optional*): picture and `np.random.Generator` to pixels, e.g. [`RandomCrop`].
         image_column, caption_column (`str`): names; a caption may be a string or a list of strings, of which one is
@@ -193,6 +193,7 @@ class CaptionImageReader:
         tokens_column (`str`, *optional*): reads stored tokens, a list of views of N tokens, instead of pictures; one
             is drawn (the first, unaugmented, where `is_training` is `False`).
         caption_dropout (`float`): share of captions emptied.
+        caption_word_dropout (`float`): at most this share of a caption's words is left out, at random; one stays.
         is_training (`bool`): `False` makes every choice the first.
 
     Raises:
@@ -209,6 +210,7 @@ class CaptionImageReader:
         caption_column: str | None = "captions",
         tokens_column: str | None = None,
         caption_dropout: float = 0.0,
+        caption_word_dropout: float = 0.0,
         is_training: bool = True,
     ):
         columns = [column for column in (caption_column, tokens_column or image_column) if column is not None]
@@ -220,7 +222,8 @@ class CaptionImageReader:
         self.rows = rows.select_columns(columns)  # the others are not read
         self.seed, self.image_processor, self.augmentation = seed, image_processor, augmentation
         self.image_column, self.caption_column, self.tokens_column = image_column, caption_column, tokens_column
-        self.caption_dropout, self.is_training = caption_dropout, is_training
+        self.caption_dropout, self.caption_word_dropout = caption_dropout, caption_word_dropout
+        self.is_training = is_training
 
     def make_item(self, row: dict, *place: int) -> dict:
         """The item of a row at (epoch, row) or (epoch, shard, row); a `ValueError` says what is wrong with it."""
@@ -245,7 +248,16 @@ class CaptionImageReader:
         if not self.is_training:
             return captions[0]
         caption = captions[rng.integers(len(captions))]
-        return "" if rng.random() < self.caption_dropout else caption
+        if rng.random() < self.caption_dropout:
+            return ""
+        return self._drop_words(caption, rng) if self.caption_word_dropout else caption
+
+    def _drop_words(self, caption: str, rng: np.random.Generator) -> str:
+        """Each word goes with the same probability, which is drawn for each caption; an empty one means no caption."""
+        words, share = caption.split(), self.caption_word_dropout * rng.random()
+        is_kept = rng.random(len(words)) >= share
+        is_kept[rng.integers(len(words))] = True
+        return " ".join(word for word, stays in zip(words, is_kept, strict=True) if stays)
 
     def _read_pixels(self, image: dict | bytes | Image.Image | None, rng: np.random.Generator) -> torch.Tensor:
         image = open_picture(image)
