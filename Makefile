@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PARITY_VENV ?= .venv-parity
+BROWSER_VENV ?= .venv-browser
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lora test test-slow test-parity bench quality style clean
+.PHONY: help demo lora test test-slow test-parity test-browser bench quality style clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
@@ -28,6 +29,11 @@ test-slow: $(VENV)/.installed-dev ## run all tests
 test-parity: $(VENV)/.installed-dev $(PARITY_VENV)/.installed ## compare converted models with the originals' own code
 	HF_DALLE_PARITY_PYTHON=$(abspath $(PARITY_VENV))/bin/python $(BIN)/python -m pytest -m parity tests/parity
 
+test-browser: $(BROWSER_VENV)/.installed ## drive the page of people's votes in headless Chromium; as root, gets one by apt
+	@command -v chromium > /dev/null && command -v chromedriver > /dev/null \
+		|| (apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver)
+	$(BROWSER_VENV)/bin/python -m pytest -m browser tests/test_vote_page.py
+
 bench: $(VENV)/.installed-bench ## time and weigh it beside its peers; 10 minutes on two idle cores
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/train_step.py
@@ -44,7 +50,7 @@ style: $(VENV)/.installed-dev ## repair the lint and the format
 	$(BIN)/ruff format .
 
 clean: ## remove the environments and what tools left behind
-	rm -rf .venv .venv-parity .pytest_cache .ruff_cache .hypothesis build dist src/*.egg-info
+	rm -rf .venv .venv-parity .venv-browser .pytest_cache .ruff_cache .hypothesis build dist src/*.egg-info
 	find src training benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
 
 # A torch that $(PYTHON) has is reused by a line in the new environment's path, wherever that torch is (in a virtual
@@ -76,4 +82,14 @@ $(PARITY_VENV)/.installed: tests/parity/requirements.txt tests/parity/originals.
 		> $$($(PARITY_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
 	$(PARITY_VENV)/bin/pip install -r tests/parity/requirements.txt
 	$(PARITY_VENV)/bin/pip install --no-deps --no-build-isolation -r tests/parity/originals.txt
+	for version in 1.0.0 1.4.2; do $(PARITY_VENV)/bin/pip install --no-deps \
+		--target $(PARITY_VENV)/dalle-pytorch-$$version dalle-pytorch==$$version || exit 1; done
+	@touch $@
+
+# gradio holds pillow below 13, selenium brings packages of its own: an environment beside, on top of $(VENV).
+$(BROWSER_VENV)/.installed: setup.py | $(VENV)/.installed-dev
+	$(BIN)/python -m venv $(BROWSER_VENV)
+	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$($(BROWSER_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
+	$(BROWSER_VENV)/bin/pip install -e ".[browser]"
 	@touch $@

@@ -117,6 +117,8 @@ def make_record(conversion: Conversion, verification: Verification | None) -> di
                 "used_keys": len({source for rule in part.keys.rules for source in rule.sources}),
                 "dropped_keys": part.keys.dropped,
             }
+            if part.keys.beside:
+                parts[name or "model"]["dropped_beside"] = part.keys.beside
     return {
         "converted_by": f"hf-dalle {hf_dalle.__version__}",
         "files": [
@@ -140,7 +142,7 @@ def hash_file(path: Path) -> str:
 def list_dropped(keys: KeyMap | None) -> list[str]:
     """What was left out, a line for each reason."""
     names = defaultdict(list)
-    for name, reason in keys.dropped.items() if keys is not None else ():
+    for name, reason in (*keys.dropped.items(), *keys.beside.items()) if keys is not None else ():
         names[reason].append(f"`{name}`")
     return [
         f"{reason}: {', '.join(dropped[:_MOST_NAMES])}"

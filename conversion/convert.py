@@ -42,6 +42,7 @@ def convert(
     do_verify: bool = False,
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    form: str | None = None,
 ) -> list[str]:
     """
     Converts one checkpoint. Nothing is left at `output` unless all of it went well.
@@ -53,6 +54,7 @@ def convert(
         do_verify (`bool`): compare the written folder with the original, or with itself.
         dtype (`str`, *optional*): of all weights; by default as they are stored.
         max_shard_bytes (`int`): of one file of weights.
+        form (`str`, *optional*): which form of its family a checkpoint is of, where its files do not tell.
 
     Returns:
         `list[str]`: what was inferred, left out and measured, a line each.
@@ -65,7 +67,10 @@ def convert(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OSError(f"{output} is there already: name a folder that is not, or empty it.")
     module = find_family(family)
-    conversion = module.read_source(source)
+    forms = getattr(module, "FORMS", ())
+    if form is not None and form not in forms:
+        raise ValueError(f"`--form {form}` is none of {family}, which has {', '.join(forms) or 'one form only'}.")
+    conversion = module.read_source(source, form) if forms else module.read_source(source)
     conversion.check()
     conversion.dtype = DTYPES[dtype] if dtype else None
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -98,6 +103,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--verify", action="store_true", help="compare with the original's code, or with itself")
     parser.add_argument("--dtype", choices=DTYPES, help="of all weights; by default as they are stored")
     parser.add_argument("--max_shard_bytes", type=int, default=MAX_SHARD_BYTES, help="of one file of weights")
+    parser.add_argument("--form", help="of a ruDALL-E prior whose file does not tell it")
     return parser.parse_args(arguments)
 
 
@@ -106,7 +112,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         report = convert(
-            options.family, options.source, options.output, options.verify, options.dtype, options.max_shard_bytes
+            options.family,
+            options.source,
+            options.output,
+            options.verify,
+            options.dtype,
+            options.max_shard_bytes,
+            options.form,
         )
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -88,6 +88,14 @@ class Conversion:
         """What a part's weights are written in."""
         return self.dtype or find_dtype(self.parts[name])
 
+    def read_stored(self, part: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """A part's source weights in float32, by their own names, not rounded to what our files hold."""
+        keys = self.parts[part].keys
+        used = {name for rule in keys.rules for name in rule.sources}
+        for name, tensor in keys.source.items():
+            if name in used:
+                yield name, tensor.read().float()
+
     def read_rounded(self, part: str, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
         """A part's source weights in float32 as our files hold them, by their own names without `prefix`."""
         keys = self.parts[part].keys
@@ -109,9 +117,15 @@ def build_on_meta(build: Callable[..., nn.Module], *args: Any, **kwargs: Any) ->
 
     Args:
         build (`Callable`): its class; the other arguments are its own.
+
+    Raises:
+        ValueError: for sizes that give no model.
     """
-    with torch.device("meta"):
-        return build(*args, **kwargs)
+    try:
+        with torch.device("meta"):
+            return build(*args, **kwargs)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(f"The sizes found give no {build.__name__} ({error}).") from error
 
 
 def make_part(model: nn.Module, tensors: Mapping[str, Any]) -> Part:

@@ -40,6 +40,7 @@ class KeyMap:
         self.source, self.target = source, target
         self.rules: list[Rule] = []
         self.dropped: dict[str, str] = {}
+        self.beside: dict[str, str] = {}
         self._rule_of: dict[str, Rule] | None = None
 
     def add(self, targets: str | tuple[str, ...], sources: str | tuple[str, ...], change: Callable | None = None):
@@ -67,6 +68,10 @@ class KeyMap:
         for name in self.source:
             if name.startswith(prefix):
                 self.drop(name, reason)
+
+    def drop_beside(self, names: Iterable[str], reason: str) -> None:
+        """What a source holds beside its weights, by name, and why it is not looked at."""
+        self.beside |= dict.fromkeys(sorted(names), reason)
 
     def check(self) -> None:
         """

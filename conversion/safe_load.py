@@ -19,6 +19,7 @@ from .restricted_pickle import BoundedReader, Machine, Name, Shell, make_set
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _ZIP_MAGIC = b"PK\x03\x04"
 _LOCAL_HEADER_BYTES = 30
+_MEMBERS = ("_parameters", "_buffers", "_modules")
 _MAX_DEPTH, _MAX_TENSORS, _MAX_NAME, _MAX_DIMS = 100, 2**16, 1000, 64
 
 _STORAGE_DTYPES = {
@@ -138,15 +139,18 @@ def load_checkpoint(path: str | Path, classes: Collection[str] = ()) -> Checkpoi
         raise OSError(f"{path} cannot be read as a PyTorch checkpoint: {error}.") from error
 
 
-def list_tensors(content: Any) -> dict[str, StoredTensor]:
+def list_tensors(content: Any, attributes: set[str] | None = None) -> dict[str, StoredTensor]:
     """
     The tensors of a state dict, or of a module saved whole, under their dotted names.
 
     Args:
         content: from a [`Checkpoint`]: dicts of dicts or of tensors, or a [`Shell`] of an `nn.Module`.
+        attributes (`set[str]`, *optional*):
+            Filled with the names of what modules hold beside parameters, buffers and modules, as `"training"`. None
+            of it is a weight: where a tensor is among it, it is refused.
 
     Raises:
-        ValueError: if something else is among them.
+        ValueError: if something else is among them, or a name stands for two of them.
     """
     tensors: dict[str, StoredTensor] = {}
     waiting, num_seen = [("", content, 0)], 0
@@ -155,16 +159,58 @@ def list_tensors(content: Any) -> dict[str, StoredTensor]:
         num_seen += 1
         if depth > _MAX_DEPTH or num_seen + len(waiting) > 2 * _MAX_TENSORS or len(prefix) > _MAX_NAME:
             raise ValueError("A state dict is nested in itself, or too deep.")
+        name = prefix.removesuffix(".")
         if type(value) is StoredTensor:
-            tensors[prefix.removesuffix(".")] = value
+            if name in tensors:
+                raise ValueError(f"{name} is there twice.")
+            tensors[name] = value
             continue
-        if type(value) is Shell and type(value.state) is dict:
-            parts = [value.state.get(name) or {} for name in ("_parameters", "_buffers", "_modules")]
-            value = {key: part for group in parts for key, part in group.items() if part is not None}
+        if type(value) is Shell:
+            value = _list_members(value, name or "The module", set() if attributes is None else attributes)
         if type(value) is not dict or not all(type(key) is str for key in value):
-            raise ValueError(f"{prefix.removesuffix('.') or 'A state dict'} is a {type(value).__name__}, no tensor.")
+            raise ValueError(f"{name or 'A state dict'} is a {type(value).__name__}, no tensor.")
         waiting.extend((f"{prefix}{key}.", part, depth + 1) for key, part in reversed(value.items()))
     return tensors
+
+
+def _list_members(module: Shell, name: str, attributes: set[str]) -> dict[str, Any]:
+    """A module's parameters, buffers and modules by name; its other attributes go to `attributes`."""
+    state = module.state if type(module.state) is dict else {}
+    members: dict[str, Any] = {}
+    for group in _MEMBERS:
+        part = state.get(group, {})
+        if type(part) is not dict:
+            raise ValueError(f"{name} is a {module.name!r} whose `{group}` is a {type(part).__name__}, no dict.")
+        twice = [key for key in part if key in members]
+        if twice:
+            raise ValueError(f"{name} has two members of the name {twice[0]!r}.")
+        members |= part
+    if not all(group in state for group in _MEMBERS):
+        raise ValueError(f"{name} is a {module.name!r} without {', '.join(_MEMBERS)}: no module, so no tensor.")
+    for key in state.keys() - set(_MEMBERS):
+        if _holds_tensor(state[key]):
+            raise ValueError(f"{name} is a {module.name!r} with a tensor in {key!r}, beside its weights.")
+        attributes.add(str(key))
+    return {key: part for key, part in members.items() if part is not None}
+
+
+def _holds_tensor(value: Any) -> bool:
+    """Whether a tensor is anywhere in containers and shells, which may hold each other."""
+    waiting, seen = [value], set()
+    while waiting:
+        part = waiting.pop()
+        if type(part) is StoredTensor:
+            return True
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if type(part) is dict:
+            waiting.extend(part.values())
+        elif type(part) in (list, tuple):
+            waiting.extend(part)
+        elif type(part) is Shell:
+            waiting += [part.args, part.state]
+    return False
 
 
 # ------------------------------------------------------------------------------------------------- the two formats

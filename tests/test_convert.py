@@ -2,18 +2,17 @@
 
 import json
 import re
-from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors import safe_open
-from torch import nn
+from tiny_checkpoints import VQGAN_SIZES, build, save_vqgan, save_whole_module
 
 from conversion.cards import Check, Verification
 from conversion.convert import FAMILIES, convert, find_family, main
-from conversion.families import openai_dvae, vqgan
+from conversion.families import openai_dvae
 from conversion.folders import write_folder
 from hf_dalle import DalleDVAE, DalleVQGAN
 
@@ -22,30 +21,6 @@ DVAE_SIZES = {
     **{"sample_size": 256, "vocab_size": 24, "encoder_block_out_channels": [4, 8, 16, 32], "layers_per_block": 1},
     **{"decoder_block_out_channels": [32, 16, 8, 4], "decoder_in_channels": 6},
 }
-
-
-def build(cls, **config):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = cls(**config).eval()
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                nn.init.normal_(parameter, std=0.1)
-        return model
-
-
-def save_whole_module(weights, path):
-    """Weights as a module saved whole, under the classes of a real one as far as these are torch's own."""
-    root = nn.Sequential()
-    for name, weight in weights.items():
-        module = root
-        *folders, last = name.split(".")
-        for folder in folders:
-            if folder not in module._modules:
-                module.add_module(folder, nn.Identity() if folder == folders[-1] else nn.Sequential())
-            module = module._modules[folder]
-        module.register_parameter(last, nn.Parameter(weight))
-    torch.save(root, path)
 
 
 @pytest.fixture
@@ -59,20 +34,6 @@ def dvae_source(tmp_path):
         weights = {names[name].removeprefix(f"{side}."): dvae.state_dict()[name] for name in names}
         save_whole_module(weights, folder / f"{side}.pkl")
     return folder, dvae
-
-
-def save_vqgan(path, model, **more):
-    """A Lightning checkpoint under taming's names."""
-    num_levels, weights = len(model.config.block_out_channels), OrderedDict()
-    for name, weight in model.state_dict().items():
-        is_linear = ".attentions." in name and weight.ndim == 2
-        weights[vqgan.name_original(name, num_levels)] = weight[:, :, None, None] if is_linear else weight
-    if model.config.quantizer == "gumbel":
-        weights["quantize.embed.weight"] = weights.pop("quantize.embedding.weight")
-    torch.save({"epoch": 1, "state_dict": {**weights, **more}}, path)
-
-
-VQGAN_SIZES = {"sample_size": 16, "vocab_size": 24, "block_out_channels": [32, 64], "layers_per_block": 1}
 
 
 def test_a_dvae_comes_out_bit_for_bit(dvae_source, tmp_path, capsys):
@@ -159,6 +120,8 @@ def test_the_card_says_whence_what_and_on_which_terms(dvae_source, tmp_path):
     assert metadata["license"] == "other" and "indicate clearly that it was used" in card
     assert all(file["sha256"] in card for file in record["files"]) and len(record["files"]) == 2
     assert record["parts"]["model"]["class"] == "DalleDVAE" and record["parts"]["model"]["dropped_keys"] == {}
+    assert {"training", "_backward_hooks"} <= set(record["parts"]["model"]["dropped_beside"])
+    assert "attributes of the pickled modules, whose values are not looked at: `_" in card
     assert "Not measured on this checkpoint" in card and record["verification"] is None
     assert str(tmp_path) not in card + json.dumps(record)
 
@@ -177,9 +140,14 @@ def test_a_failure_leaves_nothing(dvae_source, tmp_path, capsys):
     assert [path.name for path in full.iterdir()] == ["mine.txt"]
 
 
+def test_a_form_is_rudalle_s_only(dvae_source, tmp_path, capsys):
+    assert main(["openai-dvae", str(dvae_source[0]), str(tmp_path / "out"), "--form", "v2"]) == 1
+    assert "`--form v2` is none of openai-dvae, which has one form only" in capsys.readouterr().err
+
+
 def test_a_file_of_another_family_is_refused_with_its_names(tmp_path):
     torch.save({"state_dict": {"blocks.0.weight": torch.ones(2)}}, tmp_path / "file.ckpt")
-    with pytest.raises(ValueError, match="no weights 'decoder.conv_in.weight'|no weights 'quantize"):
+    with pytest.raises(ValueError, match="0 levels `encoder.down`; .* Names: blocks.0.weight"):
         convert("vqgan", tmp_path / "file.ckpt", tmp_path / "out")
 
 
@@ -193,6 +161,7 @@ def test_a_vqgan_comes_out_bit_for_bit(tmp_path, quantizer):
     (tmp_path / "source" / "model.yaml").write_text("model: {params: {ddconfig: {resolution: 16}}}")
     report = convert("vqgan", tmp_path / "source", tmp_path / "out", do_verify=True)
     assert any(line.startswith("left out: the discriminator") for line in report)
+    assert "left out: entries of the file beside the weights, which only training needs: `epoch`" in report
     converted = DalleVQGAN.from_pretrained(tmp_path / "out")
     assert {name: converted.config[name] for name in sizes} == sizes
     assert converted.config.attention_levels == levels and converted.config.quantizer == quantizer

@@ -4,86 +4,40 @@ That the converted priors compute what the originals do is shown in tests/parity
 """
 
 import json
+import logging
+import sys
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import (
+    GRID,
+    HPARAMS,
+    NUM_CODES,
+    NUM_WORDS,
+    TEXT_LENGTH,
+    draw,
+    name_dalle_pytorch,
+    name_rudalle,
+    save_dalle_pytorch,
+    save_words,
+    write_youtokentome,
+)
+from tokenizers import Tokenizer, normalizers
 
+from conversion.captions import make_captions
 from conversion.convert import convert
 from conversion.families import caption_tokenizers, dalle_pytorch, mindalle, prior_check, rudalle
-from conversion.families.dalle_pytorch_vae import _name_original
-from hf_dalle import DalleDiscreteVAE, DALLEPipeline
-
-
-WIDTH, NUM_WORDS, TEXT_LENGTH, NUM_CODES, GRID = 16, 20, 5, 12, 4
-HPARAMS = {
-    **{"num_text_tokens": NUM_WORDS, "text_seq_len": TEXT_LENGTH, "dim": WIDTH, "depth": 2, "heads": 2, "dim_head": 6},
-    **{"reversible": False, "loss_img_weight": 7, "attn_types": ("full", "axial_row"), "stable": False},
-    **{"shift_tokens": True, "rotary_emb": False, "shared_attn_ids": None, "shared_ff_ids": None},
-}
-VAE = {"image_size": 8, "num_layers": 1, "num_tokens": NUM_CODES, "codebook_dim": 6, "hidden_dim": 8}
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
-
-
-def name_dalle_pytorch(sandwich=False):
-    """A state dict of DALLE-pytorch 1.6 with token shift."""
-    num_text = NUM_WORDS + TEXT_LENGTH
-    weights = {
-        **{"text_emb.weight": draw(num_text, WIDTH), "image_emb.weight": draw(NUM_CODES, WIDTH)},
-        **{"text_pos_emb.weight": draw(TEXT_LENGTH + 1, WIDTH)},
-        **{"image_pos_emb.weights.0": draw(1, GRID, 1, WIDTH), "image_pos_emb.weights.1": draw(1, 1, GRID, WIDTH)},
-        **{"to_logits.0.weight": draw(WIDTH), "to_logits.0.bias": draw(WIDTH)},
-        **{"to_logits.1.weight": draw(num_text + NUM_CODES, WIDTH), "to_logits.1.bias": draw(num_text + NUM_CODES)},
-    }
-    inner = {
-        0: {"to_qkv.weight": (36, WIDTH), "to_out.0.weight": (WIDTH, 12), "to_out.0.bias": (WIDTH,)},
-        1: {"net.0.weight": (128, WIDTH), "net.0.bias": (128,), "net.3.weight": (WIDTH, 64), "net.3.bias": (WIDTH,)},
-    }
-    for layer in range(2):
-        for kind, wrappers in ((0, "fn.fn.fn.fn.fn."), (1, "fn.fn.fn.fn.")):
-            place = f"transformer.layers.layers.{layer}.{kind}."
-            weights[f"{place}scale"] = draw(1, 1, WIDTH)
-            for norm in ("norm", "norm_out") if sandwich else ("norm",):
-                weights |= {f"{place}fn.{norm}.weight": draw(WIDTH), f"{place}fn.{norm}.bias": draw(WIDTH)}
-            weights |= {f"{place}{wrappers}{name}": draw(*shape) for name, shape in inner[kind].items()}
-    return weights
-
-
-def save_words(folder, num_words=NUM_WORDS):
-    words = {f"w{number}" if number else "[UNK]": number for number in range(num_words)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "words.json"))
-
-
-@pytest.fixture
-def save_dalle_pytorch(tmp_path):
-    """Saves a checkpoint with changes, and gives its folder."""
-
-    def save(weights=None, hparams=None, num_words=NUM_WORDS, **content):
-        folder = tmp_path / "source"
-        folder.mkdir()
-        sizes = {"sample_size": 8, "vocab_size": NUM_CODES, "codebook_dim": 6, "hidden_channels": 8}
-        vae = DalleDiscreteVAE(num_layers=1, num_resnet_blocks=0, **sizes)
-        names = {name: f"vae.{_name_original(name, 1, 0)}" for name in vae.state_dict()}
-        weights = dict(name_dalle_pytorch() if weights is None else weights)
-        weights |= {names[name]: weight for name, weight in vae.state_dict().items()}
-        hparams = {name: value for name, value in {**HPARAMS, **(hparams or {})}.items() if value != "gone"}
-        content = {"version": "1.6.6", "vae_class_name": "DiscreteVAE", "epoch": 0, **content}
-        torch.save({"hparams": hparams, "vae_params": VAE, "weights": weights, **content}, folder / "dalle.pt")
-        save_words(folder, num_words)
-        return folder
-
-    return save
+from conversion.folders import build_on_meta, write_folder
+from hf_dalle import DalleFamilyPriorForCausalLM, DALLEPipeline
 
 
 @pytest.mark.parametrize("sandwich", [False, True])
-def test_a_scale_is_folded_into_what_stands_before_it(save_dalle_pytorch, tmp_path, sandwich):
+def test_a_scale_is_folded_into_what_stands_before_it(tmp_path, sandwich):
     weights = name_dalle_pytorch(sandwich)
-    source = save_dalle_pytorch(weights)
+    source = save_dalle_pytorch(tmp_path / "source", weights)
     report = convert("dalle-pytorch", source, tmp_path / "out", do_verify=True)
     assert f"inferred: sandwich_norm = {sandwich}, by the names of the weights" in report
     pipe = DALLEPipeline.from_pretrained(tmp_path / "out")
@@ -100,6 +54,7 @@ def test_a_scale_is_folded_into_what_stands_before_it(save_dalle_pytorch, tmp_pa
     assert pipe("w1 w2", output_type="latent").images.shape == (1, GRID, GRID)
     record = json.loads((tmp_path / "out" / "conversion.json").read_text())
     assert record["parts"]["prior"]["dropped_keys"] == {} and record["verification"]["checks"]
+    assert set(record["parts"]["prior"]["dropped_beside"]) == {"epoch"}
 
 
 @pytest.mark.parametrize(
@@ -112,37 +67,66 @@ def test_a_scale_is_folded_into_what_stands_before_it(save_dalle_pytorch, tmp_pa
         ({"shift_tokens": False}, {}, "`shift_tokens` is False in `hparams`, but the weights say True"),
         ({"rotary_emb": True}, {}, "`rotary_emb` is True"),
         ({"dim": "gone"}, {}, "lacks dim"),
-        ({"depth": 1}, {}, "model has not"),
+        ({"depth": 1}, {}, "`depth` of `hparams` is 1"),
         ({"dim_head": 8}, {}, "qkv_proj"),
-        ({}, {"version": "0.14.3"}, "version is 0.14.3"),
+        ({}, {"version": "0.14.3"}, "version is 0.14;"),
         ({}, {"num_words": 19}, "19 ids, but the checkpoint was trained with 20"),
     ],
 )
-def test_what_would_become_another_model_is_refused(save_dalle_pytorch, tmp_path, hparams, content, words):
-    source = save_dalle_pytorch(hparams=hparams, **content)
+def test_what_would_become_another_model_is_refused(tmp_path, hparams, content, words):
+    source = save_dalle_pytorch(tmp_path / "source", hparams=hparams, **content)
     with pytest.raises(ValueError, match=words):
         convert("dalle-pytorch", source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_keys_that_are_too_many_or_missing_are_named(save_dalle_pytorch, tmp_path):
+def test_keys_that_are_too_many_or_missing_are_named(tmp_path):
     weights = name_dalle_pytorch()
     weights["transformer.layers.layers.0.0.fn.gate"] = draw(3)
     del weights["transformer.layers.layers.1.1.fn.norm.bias"]
     with pytest.raises(ValueError, match=r"lacks: .*norm\.bias.*nothing uses: transformer.layers.layers.0.0.fn.gate"):
-        convert("dalle-pytorch", save_dalle_pytorch(weights), tmp_path / "out")
+        convert("dalle-pytorch", save_dalle_pytorch(tmp_path / "source", weights), tmp_path / "out")
 
 
-def test_a_checkpoint_without_version_is_known_by_token_shift(save_dalle_pytorch, tmp_path):
-    convert("dalle-pytorch", save_dalle_pytorch(version=None), tmp_path / "out")
+def test_a_checkpoint_without_version_is_known_by_token_shift(tmp_path):
+    convert("dalle-pytorch", save_dalle_pytorch(tmp_path / "source", version=None), tmp_path / "out")
     plain = {name.replace("fn.fn.fn.fn.net", "fn.fn.net"): weight for name, weight in name_dalle_pytorch().items()}
     (tmp_path / "source").rename(tmp_path / "shifted")
-    with pytest.raises(ValueError, match="version is None"):
-        convert("dalle-pytorch", save_dalle_pytorch(plain, version=None), tmp_path / "plain")
+    with pytest.raises(ValueError, match="version is missing"):
+        convert("dalle-pytorch", save_dalle_pytorch(tmp_path / "source", plain, version=None), tmp_path / "plain")
 
 
-def test_the_tokenizer_must_be_one_and_there(save_dalle_pytorch, tmp_path):
-    source = save_dalle_pytorch()
+@pytest.mark.parametrize(
+    ("version", "kind"), [(None, "bordered"), ("1.1.6", "bordered"), ("1.4.2", "bordered"), ("1.5.0", "like")]
+)
+def test_conv_like_is_what_the_version_made_of_it(version, kind):
+    hparams = {**HPARAMS, "attn_types": ["conv_like", "full"]}
+    config, inferred = dalle_pytorch.find_config(
+        hparams, name_dalle_pytorch(), GRID, dalle_pytorch.read_version(version)
+    )
+    assert config.attention_types == [f"conv_{kind}", "full"]
+    assert any("centred on the cell" in line for line in inferred) == (kind == "bordered")
+
+
+def test_a_pipeline_of_dalle_pytorch_draws_without_a_caption_and_with_guidance(tmp_path, caplog):
+    convert("dalle-pytorch", save_dalle_pytorch(tmp_path / "source"), tmp_path / "out")
+    pipe = DALLEPipeline.from_pretrained(tmp_path / "out")
+    assert pipe.prior.config.caption_dropout is None
+    caplog.set_level("WARNING")
+    for logger in ("hf_dalle", "diffusers"):
+        logging.getLogger(logger).addHandler(caplog.handler)
+    empty = pipe("", output_type="latent", top_k=1).images
+    text = pipe.encode_prompt("")
+    assert text["attention_mask"].sum() == 0
+    stream = pipe.prior.join_stream(text["text_ids"], text["attention_mask"])["input_ids"][0].tolist()
+    assert stream == [0, *range(NUM_WORDS, NUM_WORDS + TEXT_LENGTH)]  # the original's text of zeros
+    assert pipe("w1 w2", guidance_scale=1.0, output_type="latent", top_k=1).images.shape == empty.shape
+    pipe("w1 w2", guidance_scale=3.0, output_type="latent")
+    assert not any("caption dropout" in record.getMessage() for record in caplog.records)
+
+
+def test_the_tokenizer_must_be_one_and_there(tmp_path):
+    source = save_dalle_pytorch(tmp_path / "source")
     (source / "vocab.txt").write_text("[PAD]\n")
     with pytest.raises(OSError, match="2 tokenizers"):
         convert("dalle-pytorch", source, tmp_path / "out")
@@ -152,14 +136,62 @@ def test_the_tokenizer_must_be_one_and_there(save_dalle_pytorch, tmp_path):
         convert("dalle-pytorch", source, tmp_path / "out")
 
 
-def test_other_rotary_angles_are_refused(save_dalle_pytorch, tmp_path):
+def test_other_rotary_angles_are_refused(tmp_path):
     weights = {name: weight for name, weight in name_dalle_pytorch().items() if "pos_emb" not in name}
     weights["transformer.pos_emb"] = torch.zeros(1, TEXT_LENGTH + 1 + GRID**2, 6)
     with pytest.raises(ValueError, match="rotary angles"):
-        convert("dalle-pytorch", save_dalle_pytorch(weights, {"rotary_emb": True}), tmp_path / "out")
+        convert(
+            "dalle-pytorch", save_dalle_pytorch(tmp_path / "source", weights, {"rotary_emb": True}), tmp_path / "out"
+        )
 
 
-def test_a_wrong_fold_does_not_pass_the_original_s_logits(save_dalle_pytorch, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_verification_without_the_original_compares_with_itself(tmp_path, monkeypatch, dtype):
+    monkeypatch.setitem(sys.modules, "dalle_pytorch", None)
+    convert("dalle-pytorch", save_dalle_pytorch(tmp_path / "source"), tmp_path / "out", do_verify=True, dtype=dtype)
+    found = json.loads((tmp_path / "out" / "conversion.json").read_text())["verification"]
+    assert found["against"] == "itself (dalle-pytorch is not there to compare with)"
+    checks = {check["what"]: (check["value"], check["limit"]) for check in found["checks"]}
+    against = "image model, against itself (dalle-pytorch is not installed)"
+    assert set(checks) == {
+        "weights that are not the source's, rounded once",
+        f"captions of {len(make_captions())} whose ids are not those of the tokenizer before it was saved",
+        "logits that are not finite",
+        "largest difference of logits, cached and uncached",
+        f"greedy image tokens of {GRID**2} that differ",
+        f"{against}: values that are not finite",
+        f"{against}: largest difference of pixels from tokens and from one-hot vectors",
+    }
+    assert all(limit <= 1e-3 for _, limit in checks.values())  # in 16 bits too: both sides are unrounded
+
+
+def test_verification_finds_what_was_written_wrongly(tmp_path):
+    """A weight one bit off, other ids, an image model that gives no numbers: each in a file that is there."""
+    conversion = dalle_pytorch.read_source(save_dalle_pytorch(tmp_path / "source"))
+    conversion.dtype = torch.float16
+    (tmp_path / "out").mkdir()
+    write_folder(tmp_path / "out", conversion)
+    place = tmp_path / "out" / "prior" / "model.safetensors"
+    weights = load_file(place)
+    weights["model.norm.weight"].view(torch.int16)[0] ^= 1
+    save_file(weights, place, {"format": "pt"})
+    tokenizer = (tmp_path / "out" / "tokenizer" / "tokenizer.json").read_text()
+    swapped = tokenizer.replace('"w1": 1,', '"w1": 2,').replace('"w2": 2,', '"w2": 1,')
+    (tmp_path / "out" / "tokenizer" / "tokenizer.json").write_text(swapped)
+    place = tmp_path / "out" / "dvae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(place)
+    weights["decoder.conv_out.bias"] *= torch.nan
+    save_file(weights, place, {"format": "pt"})
+    original = prior_check.Original("nothing", encode=lambda caption: [7] * TEXT_LENGTH)
+    for compared in (prior_check.Original("nothing"), original):
+        checks = {c.what: c.value for c in prior_check.verify_pipeline(tmp_path / "out", conversion, compared).checks}
+        assert checks["weights that are not the source's, rounded once"] == 1
+        assert next(value for what, value in checks.items() if what.endswith("values that are not finite")) > 0
+        assert checks["logits that are not finite"] == 0
+    assert next(value for what, value in checks.items() if what.endswith("whose ids differ")) > 300
+
+
+def test_a_wrong_fold_does_not_pass_the_original_s_logits(tmp_path, monkeypatch):
     """Verification compares: an original that computes anything else fails the conversion, and leaves nothing."""
 
     def verify(folder, conversion):
@@ -167,61 +199,91 @@ def test_a_wrong_fold_does_not_pass_the_original_s_logits(save_dalle_pytorch, tm
             num_ids = NUM_WORDS + TEXT_LENGTH
             return torch.zeros(1, TEXT_LENGTH, num_ids), torch.zeros(1, GRID**2, NUM_CODES)
 
-        return prior_check.verify_pipeline(folder, conversion, "nothing", compute)
+        return prior_check.verify_pipeline(folder, conversion, prior_check.Original("nothing", compute=compute))
 
     monkeypatch.setattr(dalle_pytorch, "verify", verify)
     with pytest.raises(ValueError, match="not equal to nothing: largest difference of text logits"):
-        convert("dalle-pytorch", save_dalle_pytorch(), tmp_path / "out", do_verify=True)
+        convert("dalle-pytorch", save_dalle_pytorch(tmp_path / "source"), tmp_path / "out", do_verify=True)
     assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------------------------------- ruDALL-E and minDALL-E
 
 
-def name_rudalle(num_layers=4, **more):
-    num_text = NUM_WORDS + TEXT_LENGTH
-    shapes = {
-        **{"text_embeddings.weight": (num_text, 24), "image_embeddings.weight": (NUM_CODES, 24)},
-        **{"text_pos_embeddings.weight": (TEXT_LENGTH + 1, 24)},
-        **{"image_row_embeddings.weight": (GRID, 24), "image_col_embeddings.weight": (GRID, 24)},
-        **{"to_logits.0.weight": (24,), "to_logits.0.bias": (24,)},
-        **{"to_logits.1.weight": (num_text + NUM_CODES, 24), "to_logits.1.bias": (num_text + NUM_CODES,)},
-        **{"transformer.final_layernorm.weight": (24,), "transformer.final_layernorm.bias": (24,)},
-    }
-    for layer in range(num_layers):
-        place = f"transformer.layers.{layer}."
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            shapes |= {f"{place}{name}.weight": (24,), f"{place}{name}.bias": (24,)}
-        for name, rows, columns in (
-            *(("attention.query_key_value", 72, 24), ("attention.dense", 24, 24)),
-            *(("mlp.dense_h_to_4h", 96, 24), ("mlp.dense_4h_to_h", 24, 96)),
-        ):
-            shapes |= {f"{place}{name}.weight": (rows, columns), f"{place}{name}.bias": (rows,)}
-    return {**{name: draw(*shape) for name, shape in shapes.items()}, **more}
-
-
-def test_rudalle_s_v2_form_and_unknown_widths_are_refused(tmp_path, monkeypatch):
+@pytest.fixture
+def rudalle_source(tmp_path, monkeypatch):
+    """A folder with an empty image model and tokenizer, and of a prior 24 wide what it is told."""
+    monkeypatch.setitem(rudalle.HEADS_OF_WIDTH, 24, 2)
     folder = tmp_path / "source"
     folder.mkdir()
     (folder / "bpe.model").write_text("")
     (folder / "vae.ckpt").write_text("")
-    torch.save(name_rudalle(), folder / "pytorch_model_v2.bin")
-    with pytest.raises(ValueError, match="v2 form"):
-        convert("rudalle", folder, tmp_path / "out")
-    (folder / "pytorch_model_v2.bin").rename(folder / "pytorch_model.bin")
+
+    def save(weights, name="pytorch_model.bin"):
+        for path in folder.glob("*.bin"):
+            path.unlink()
+        torch.save(weights, folder / name)
+        return folder
+
+    return save
+
+
+@pytest.mark.parametrize("form", rudalle.FORMS)
+def test_rudalle_s_masks_tell_the_form_and_nothing_else_does(rudalle_source, tmp_path, form):
+    grid = 12  # wider than the conv window: on a smaller grid both forms have one mask
+    weights = name_rudalle(grid=grid)
+    bare = rudalle_source(weights)
+    with pytest.raises(ValueError, match="does not tell its form: add `--form v2` or `--form v3`.*Emojich .* are v2"):
+        rudalle.read_source(bare)
+    with pytest.raises(OSError, match="vae.ckpt cannot be read"):  # so far without a word on the form
+        rudalle.read_source(bare, form)
+    names_other = rudalle_source(weights, f"pytorch_model_v{5 - int(form[1])}.bin")
+    with pytest.raises(ValueError, match=f"names another form than `--form {form}`"):
+        rudalle.read_source(names_other, form)
+    mask = rudalle.family_attention_mask(rudalle.MASKS[form]["conv"], TEXT_LENGTH, grid, rudalle.CONV_KERNEL_SIZE)
+    masked = rudalle_source({**weights, "transformer.conv_mask": mask.float()})
+    for word in (None, form):
+        with pytest.raises(OSError, match="vae.ckpt cannot be read"):
+            rudalle.read_source(masked, word)
+    with pytest.raises(ValueError, match=f"is of the {form} form, by the mask of its conv layer, and not v"):
+        rudalle.read_source(masked, next(other for other in rudalle.FORMS if other != form))
+    mask = mask.clone()
+    mask[-1, TEXT_LENGTH] ^= True
+    with pytest.raises(ValueError, match="mask of neither form"):
+        rudalle.read_source(rudalle_source({**weights, "transformer.conv_mask": mask}), form)
+    row = rudalle_source({**weights, "transformer.row_mask": torch.ones_like(mask)})
+    with pytest.raises(ValueError, match=f"row_mask is not the mask of ruDALL-E's {form} form"):
+        rudalle.read_source(row, form)
+
+
+def test_a_width_that_is_not_known_is_refused(tmp_path):
     with pytest.raises(ValueError, match="24 wide; the number of its heads is known for 768, 2048, 3840"):
-        convert("rudalle", folder, tmp_path / "out")
-    monkeypatch.setitem(rudalle.HEADS_OF_WIDTH, 24, 2)
-    mask = torch.ones(TEXT_LENGTH + GRID**2, TEXT_LENGTH + GRID**2).tril()  # v3's on so small a grid
-    mask[-1, TEXT_LENGTH] = 0
-    torch.save(name_rudalle(**{"transformer.conv_mask": mask}), folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="conv_mask is not the mask of ruDALL-E's v3 form"):
-        convert("rudalle", folder, tmp_path / "out")
+        rudalle.find_config(name_rudalle(), "v3")
+
+
+@pytest.mark.parametrize(
+    ("width", "num_layers", "num_heads", "num_parameters"), [(2048, 24, 16, 1.3e9), (3840, 64, 60, 12e9)]
+)
+@pytest.mark.parametrize("form", rudalle.FORMS)
+def test_the_published_rudalle_s_are_known_by_their_shapes(width, num_layers, num_heads, num_parameters, form):
+    weights = name_rudalle(
+        num_layers, width, 32, 16384, 128, 8192, make=lambda *shape: torch.empty(shape, device="meta")
+    )
+    weights["transformer.layers.0.before_first_addition_layernorm.weight"] = torch.empty(width, device="meta")
+    config, _ = rudalle.find_config(weights, form)
+    assert (config.hidden_size, config.num_hidden_layers) == (width, num_layers)
+    assert (config.num_attention_heads, config.num_hidden_layers) == (num_heads, num_layers)
+    assert (config.text_vocab_size, config.text_length, config.image_vocab_size) == (16384, 128, 8192)
+    assert config.num_image_tokens == 1024 and config.use_sandwich_norm and config.bos_token_id == 2
+    assert (config.num_text_states, config.num_shared_states) == ((129, 128) if form == "v2" else (128, 128))
+    model = build_on_meta(DalleFamilyPriorForCausalLM, config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(num_parameters, rel=0.1)
 
 
 def test_rudalle_s_layers():
-    kinds = [rudalle.find_attention_type(layer, 24) for layer in range(24)]
+    kinds = [rudalle.find_attention_type(layer, 24, "v3") for layer in range(24)]
     assert kinds[:6] == ["row", "column", "row", "row", "row", "column"] and kinds[-1] == "conv_bordered"
+    assert rudalle.find_attention_type(23, 24, "v2") == "conv_wrapped"
 
 
 def test_mindalle_s_folder_must_be_whole(tmp_path):
@@ -235,14 +297,17 @@ def test_mindalle_s_folder_must_be_whole(tmp_path):
 # --------------------------------------------------------------------------------------------------------- tokenizers
 
 
-def write_youtokentome(path, merges=((5, 6, 9), (4, 9, 10))):
-    characters = {"\u2581": 4, "a": 5, "b": 6, "c": 7, "d": 8}
-    lines = [
-        f"{len(characters)} {len(merges)}",
-        *(f"{ord(character)} {number}" for character, number in characters.items()),
-    ]
-    lines += [" ".join(map(str, merge)) for merge in merges]
-    path.write_text("\n".join([*lines, "1 0 2 3"]))
+@settings(max_examples=300, deadline=None)
+@given(st.text("ΣΣΣΑας\u0301\u0345\u00ad\u200dʰªⅧⓐ'.:· 1İẞ", max_size=20))
+def test_lower_case_is_python_s(text):
+    assert normalizers.Sequence(caption_tokenizers.lower()).normalize_str(text) == text.lower()
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 40])
+def test_a_sigma_ends_a_word_behind_any_number_of_marks(count):
+    marks = "\u0301" * count
+    lowered = normalizers.Sequence(caption_tokenizers.lower()).normalize_str(f"Α{marks}Σ{marks} Α{marks}Σ{marks}Α")
+    assert lowered == f"α{marks}ς{marks} α{marks}σ{marks}α"
 
 
 def test_youtokentome_merges_words_and_fuses_what_it_does_not_know(tmp_path):

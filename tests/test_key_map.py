@@ -7,6 +7,7 @@ from torch import nn
 
 from conversion.key_map import KeyMap, list_parameters
 from conversion.safe_load import list_tensors, load_checkpoint
+from conversion.sizes import MAX_NUMBER, count_numbered, find_shape
 
 
 @pytest.fixture
@@ -33,6 +34,17 @@ def make_map(source, *leave_out):
     if "mask" not in leave_out:
         keys.drop("mask", "made anew")
     return keys
+
+
+def test_sizes_are_those_of_weights_with_as_many_dimensions(source):
+    assert find_shape(source, "qkv") == (9, 2)
+    with pytest.raises(ValueError, match=r"scale is of shape \(2,\); expected 2 dimensions"):
+        find_shape(source, "scale")
+    with pytest.raises(ValueError, match="no weights 'other'.*Its names begin"):
+        find_shape(source, "other")
+    names = {f"layers.{number}.w": None for number in range(MAX_NUMBER + 1)}
+    with pytest.raises(ValueError, match="count 1001 layers or blocks by"):
+        count_numbered(names, r"layers\.(\d+)\.")
 
 
 def test_what_is_read_is_what_the_rules_say(source):

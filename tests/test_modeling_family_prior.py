@@ -27,8 +27,12 @@ RUDALLE = {
     **{"attention_types": ["row", "column", "row", "conv_bordered"], "use_sandwich_norm": True, "use_head_norm": True},
     **{"conv_kernel_size": 3, "hidden_act": "gelu_pytorch_tanh", "attention_output_limit": 65504.0, "bos_token_id": 2},
 }
+RUDALLE_V2 = {
+    **RUDALLE,
+    **{"attention_types": ["row", "column", "row", "conv_wrapped"], "start_token_id": 2, "use_early_masks": True},
+}
 MINDALLE = {"use_position_pads": False}
-KINDS = {"dalle-pytorch": DALLE_PYTORCH, "rudalle": RUDALLE, "mindalle": MINDALLE}
+KINDS = {"dalle-pytorch": DALLE_PYTORCH, "rudalle": RUDALLE, "rudalle-v2": RUDALLE_V2, "mindalle": MINDALLE}
 each_kind = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 
 
@@ -64,6 +68,10 @@ def draw_text(num_rows=2):
         ("conv_bordered", 3, (2, 0), ["....", "##..", "#...", "...."]),
         ("conv_bordered", 3, (2, 3), ["....", "..##", "..##", "...."]),  # and at the right one
         ("conv_bordered", 5, (3, 1), ["....", "####", "####", "##.."]),
+        ("conv_wrapped", 3, (2, 2), ["....", ".###", ".##.", "...."]),
+        ("conv_wrapped", 3, (2, 0), ["....", "##.#", "#...", "...."]),  # from the right border
+        ("conv_wrapped", 3, (2, 3), ["....", "#.##", "#.##", "...."]),
+        ("conv_wrapped", 3, (3, 2), [".###", "....", ".###", ".##."]),  # the last row sees the first
     ],
 )
 def test_masks_are_these_pictures(attention_type, kernel_size, cell, picture):
@@ -71,7 +79,9 @@ def test_masks_are_these_pictures(attention_type, kernel_size, cell, picture):
     assert ["".join(".#"[seen] for seen in line) for line in row.view(4, 4).int().tolist()] == picture
 
 
-@pytest.mark.parametrize(("attention_type", "length"), [("axial_row", 8), ("conv_like", 19), ("conv_bordered", 10)])
+@pytest.mark.parametrize(
+    ("attention_type", "length"), [("axial_row", 8), ("conv_like", 19), ("conv_bordered", 10), ("conv_wrapped", 64)]
+)
 def test_a_ring_shows_each_cell_what_its_mask_says(attention_type, length):
     mask, layout = bordered_attention_mask(attention_type, 8, 3), bordered_layout(attention_type, 8, 3)
     assert layout.num_slots == length

@@ -6,8 +6,10 @@ Ids are those of the originals. Which of them a checkpoint was trained with is i
 import gzip
 import json
 import unicodedata
-from collections.abc import Iterable
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.implementations import CharBPETokenizer
@@ -17,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 CLIP_NUM_MERGES = 49152 - 256 - 2
 CLIP_SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
 CLIP_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+MAX_CLIP_BYTES = 2**23  # published, 3.2 MB
 WORD_START = "\u2581"  # YouTokenToMe's, a space like any other in captions
 # What ftfy takes apart or out, of a caption that it finds no broken encoding in.
 LIGATURES = "ĲĳŉǱǲǳǄǅǆǇǈǉǊǋǌﬀﬁﬂﬃﬄﬅﬆ"
@@ -48,10 +51,21 @@ def make_fast_tokenizer(
 
 
 def lower() -> list[normalizers.Normalizer]:
-    """Lower case as Python has it: a capital sigma that ends a word becomes another letter than inside."""
-    cased, ignored = r"[\p{Lu}\p{Ll}\p{Lt}]", r"[\p{Mn}\p{Me}\p{Cf}\p{Lm}\p{Sk}'.:·]"
-    final = Regex(rf"(?<={cased}|{cased}{ignored}|{cased}{ignored}{ignored})Σ(?!{ignored}*{cased})")
+    """
+    Lower case as Python has it: a capital sigma that ends a word becomes another letter than inside, however many
+    marks and the like, which have no case, stand between it and the letters.
+    """
+    cased = r"(?!\p{Case_Ignorable})\p{Cased}"
+    final = Regex(rf"{cased}\p{{Case_Ignorable}}*\KΣ(?!\p{{Case_Ignorable}}*{cased})")  # \K: what is before it stays
     return [normalizers.Replace(final, "ς"), normalizers.Lowercase()]
+
+
+def build(make: Callable[..., Any], *args: Any, source: Path, **kwargs: Any) -> Any:
+    """What `make` makes of a file's content; what `tokenizers` raises, a bare `Exception`, becomes a `ValueError`."""
+    try:
+        return make(*args, **kwargs)
+    except Exception as error:
+        raise ValueError(f"{source} holds no tokenizer that can be read: {error}.") from error
 
 
 # ----------------------------------------------------------------------------------------------------------- CLIP's
@@ -71,15 +85,20 @@ def read_clip_bpe(path: Path, text_length: int) -> PreTrainedTokenizerFast:
     Raises:
         ValueError: if it is no such file.
     """
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    lines = content.decode("utf-8").split("\n")[1 : CLIP_NUM_MERGES + 1]
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            content = file.read(MAX_CLIP_BYTES)
+    except (EOFError, zlib.error) as error:
+        raise OSError(f"{path} cannot be read: {error}.") from error
+    lines = content.decode("utf-8", errors="replace").split("\n")[1 : CLIP_NUM_MERGES + 1]
     merges = [tuple(line.split()) for line in lines]
     if len(merges) != CLIP_NUM_MERGES or any(len(merge) != 2 for merge in merges):
         raise ValueError(f"{path} does not hold CLIP's {CLIP_NUM_MERGES} merges, two pieces a line after the first.")
     characters = _byte_characters()
     pieces = [*characters, *(character + "</w>" for character in characters), *map("".join, merges)]
     vocab = {piece: number for number, piece in enumerate([*pieces, *CLIP_SPECIAL_TOKENS])}
-    backend = Tokenizer(models.BPE(vocab, merges, continuing_subword_prefix="", end_of_word_suffix="</w>"))
+    affixes = {"continuing_subword_prefix": "", "end_of_word_suffix": "</w>"}
+    backend = Tokenizer(build(models.BPE, vocab, merges, source=path, **affixes))
     backend.normalizer = normalizers.Sequence([*_repair_text(), *lower()])
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -138,7 +157,7 @@ def read_json_tokenizer(path: Path, text_length: int) -> PreTrainedTokenizerFast
     Raises:
         ValueError: if it cuts or pads captions itself.
     """
-    backend = Tokenizer.from_file(str(path))
+    backend = build(Tokenizer.from_file, str(path), source=path)
     most = (backend.truncation or {}).get("max_length", text_length)
     if most < text_length or (backend.padding or {}).get("length"):
         raise ValueError(f"{path} cuts or pads captions itself: take `truncation` and `padding` out of it.")
@@ -189,7 +208,7 @@ def read_youtokentome(
         twice = sorted({piece for number, piece in pieces.items() if vocab[piece] != number})
         raise ValueError(f"{path} spells {len(twice)} pieces in two ways, as {twice[0]!r}: ids would not be equal.")
     vocab.update({name: number for number, name in names.items() if number >= 0})
-    backend = Tokenizer(models.BPE(vocab, merges, unk_token="<UNK>", fuse_unk=True))
+    backend = Tokenizer(build(models.BPE, vocab, merges, source=path, unk_token="<UNK>", fuse_unk=True))
     backend.normalizer = normalizers.Sequence(
         [
             *([*lower(), normalizers.Strip()] if do_lower_case else []),
@@ -218,9 +237,10 @@ def _parse_youtokentome(path: Path) -> tuple[dict[int, str], list[tuple[str, str
         for left, right, made in _group(merges, 3):
             pairs.append((pieces[left], pieces[right]))
             pieces[made] = pieces[left] + pieces[right]
+        special = dict(zip(("unk", "pad", "bos", "eos"), numbers[-4:], strict=True))
     except (ValueError, KeyError, OverflowError) as error:
         raise ValueError(f"{path} is no model of YouTokenToMe: {error}.") from error
-    return pieces, pairs, dict(zip(("unk", "pad", "bos", "eos"), numbers[-4:], strict=True))
+    return pieces, pairs, special
 
 
 def _group(numbers: list[int], size: int) -> Iterable[tuple[int, ...]]:
@@ -232,7 +252,8 @@ def _group(numbers: list[int], size: int) -> Iterable[tuple[int, ...]]:
 
 def read_char_bpe(vocab_file: Path, merges_file: Path, text_length: int) -> PreTrainedTokenizerFast:
     """minDALL-E's character-level BPE, lower-cased; its [PAD] is a token like any other to the prior."""
-    original = CharBPETokenizer.from_file(str(vocab_file), str(merges_file), unk_token="[UNK]", lowercase=True)
+    options = {"unk_token": "[UNK]", "lowercase": True}
+    original = build(CharBPETokenizer.from_file, str(vocab_file), str(merges_file), source=vocab_file, **options)
     original.add_special_tokens(["[PAD]"])
     backend = Tokenizer.from_str(original.to_str())
     return make_fast_tokenizer(backend, text_length, pad_token="[PAD]")
@@ -242,6 +263,6 @@ def is_json_tokenizer(path: Path) -> bool:
     """Whether a JSON file is a `tokenizers` file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(content, dict) and isinstance(content.get("model"), dict)

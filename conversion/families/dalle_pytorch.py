@@ -1,7 +1,7 @@
 """DALLE-pytorch 1.x: the `.pt` that its train_dalle.py writes, with the image model inside, and a caption tokenizer.
 
 Its layer scale is folded into the projection or the norm after which it stands. Checkpoints of 0.x, reversible ones
-and those with shared layers are refused by name.
+and those with shared layers are refused by name. Parity is shown for 1.0.0, 1.4.2 and 1.6.6 (tests/parity).
 """
 
 import importlib.util
@@ -20,6 +20,7 @@ from hf_dalle.grid_rotary import rotary_table
 from ..folders import Conversion, Facts, Part, build_on_meta, make_part
 from ..key_map import KeyMap
 from ..safe_load import list_tensors, load_checkpoint
+from ..settings import describe, expect_count, expect_dict, expect_flag, expect_names, expect_number
 from ..sizes import count_numbered, find_shape
 from .caption_tokenizers import (
     is_json_tokenizer,
@@ -28,8 +29,9 @@ from .caption_tokenizers import (
     read_json_tokenizer,
     read_youtokentome,
 )
-from .dalle_pytorch_check import verify
+from .dalle_pytorch_check import FIRST_CAUSAL_CONV, verify
 from .dalle_pytorch_vae import map_image_model
+from .vqgan import BESIDE, count_levels, list_beside
 
 
 __all__ = ["read_source", "verify"]
@@ -37,6 +39,7 @@ __all__ = ["read_source", "verify"]
 CLIP_FILES = ("bpe_simple_vocab_16e6.txt", "bpe_simple_vocab_16e6.txt.gz")
 CLIP_VOCAB_SIZE = 49408
 ATTENTION_TYPES = {"full": "full", "axial_row": "axial_row", "axial_col": "column", "conv_like": "conv_like"}
+USED = ("hparams", "vae_params", "version", "weights")
 NEEDED = ("num_text_tokens", "text_seq_len", "dim", "depth", "heads", "dim_head")
 ROTARY_TOLERANCE = 1e-3  # between the angles that a checkpoint holds and ours; they reach 8192
 
@@ -49,12 +52,14 @@ FACTS = Facts(
         " them to say; the checkpoint itself does not."
     ),
     notes=[
+        "The converter's parity is shown for DALLE-pytorch 1.0.0, 1.4.2 and 1.6.6; other versions of 1.x are converted"
+        " by the same rules.",
         "Layer scale is folded into the projection or norm before it, row and column positions are one table: equal in"
         " float32, rounded once more in 16 bits.",
         "Captions for CLIP's BPE: the original's ftfy also guesses at text that was decoded wrongly and knows all HTML"
         " entities; here its replacements of single characters and the common entities are made.",
-        "Nothing says whether captions were dropped in training, as guidance and the empty prompt need it:"
-        " `caption_dropout` is 0.",
+        "Nothing says whether captions were dropped in training, as guidance and the empty prompt need it. As in the"
+        " original both draw from any checkpoint: without a caption all of the text is pads.",
     ],
 )
 
@@ -81,21 +86,25 @@ def read_source(source: Path) -> Conversion:
         ValueError: for what is not DALLE-pytorch's, or not supported.
     """
     file, folder = find_checkpoint(source)
-    content = load_checkpoint(file).content
-    if not isinstance(content, dict) or not {"hparams", "weights"} <= set(content):
-        raise ValueError(f"{file} is no checkpoint of DALLE-pytorch: it lacks `hparams` and `weights`.")
-    hparams, inferred = dict(content["hparams"]), []
+    content = expect_dict(load_checkpoint(file).content, f"The content of {file}")
+    missing = [name for name in ("hparams", "weights") if name not in content]
+    if missing:
+        raise ValueError(f"{file} is no checkpoint of DALLE-pytorch: it lacks {' and '.join(missing)}.")
+    hparams, inferred = expect_dict(content["hparams"], f"`hparams` of {file}"), []
     tensors = list_tensors(content["weights"])
     vae_tensors = {name.removeprefix("vae."): part for name, part in tensors.items() if name.startswith("vae.")}
     tensors = {name: part for name, part in tensors.items() if not name.startswith("vae.")}
-    refuse_unsupported(hparams, content.get("version"), tensors)
-    settings, grid_size = content.get("vae_params"), find_grid_size(tensors, hparams["text_seq_len"])
+    version = read_version(content.get("version"))
+    refuse_unsupported(hparams, version, tensors)
+    grid_size = find_grid_size(tensors, hparams["text_seq_len"])
+    settings = expect_dict(content.get("vae_params") or {}, f"`vae_params` of {file}")
     dvae, found = map_image_model(vae_tensors, settings, find_picture_size(vae_tensors, grid_size))
     inferred += found
-    config, found = find_config(hparams, tensors, grid_size)
+    config, found = find_config(hparams, tensors, grid_size, version)
     inferred += found
     prior = make_part(build_on_meta(DalleFamilyPriorForCausalLM, config), tensors)
     map_keys(prior.keys, config)
+    prior.keys.drop_beside(list_beside(content, USED), BESIDE)
     tokenizer_file, found = find_tokenizer(folder, hparams["num_text_tokens"])
     tokenizer = read_tokenizer(tokenizer_file, hparams["num_text_tokens"], config.text_length)
     parts = {
@@ -117,27 +126,37 @@ def find_checkpoint(source: Path) -> tuple[Path, Path]:
     return files[0], source
 
 
-def refuse_unsupported(hparams: Mapping[str, Any], version: str | None, tensors: Mapping[str, Any]) -> None:
-    """Raises `ValueError` for a checkpoint that would be converted into another model."""
+def read_version(value: Any) -> tuple[int, int] | None:
+    """The first two numbers of the checkpoint's version, as of "1.6.6"; `None` where it has none."""
+    found = re.match(r"(\d{1,4})\.(\d{1,4})", value) if type(value) is str else None
+    if value is not None and found is None:
+        raise ValueError(f"The checkpoint's version is {describe(value)}; expected one like 1.6.6, or none.")
+    return found and (int(found[1]), int(found[2]))
+
+
+def refuse_unsupported(hparams: Mapping[str, Any], version: tuple | None, tensors: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for what would be converted into another model, and for settings that are none."""
     missing = [name for name in NEEDED if name not in hparams]
     if missing:
         raise ValueError(f"`hparams` lacks {', '.join(missing)}: no prior of DALLE-pytorch 1.x.")
-    is_first = str(version).split(".")[0] == "1"
+    for name in NEEDED:
+        expect_count(hparams, name, "`hparams`")
     # Before 1.1.6 no version was written; token shift and rotary embedding came with 1.0.
-    is_first |= version is None and (has_token_shift(tensors) or "transformer.pos_emb" in tensors)
-    if not is_first:
+    is_known = has_token_shift(tensors) or "transformer.pos_emb" in tensors
+    if (version is None and not is_known) or (version is not None and version[0] != 1):
+        words = "missing" if version is None else ".".join(map(str, version))
         raise ValueError(
-            f"The checkpoint's version is {version}; converted are those of DALLE-pytorch 1.x, which before 1.1.6 are"
+            f"The checkpoint's version is {words}; converted are those of DALLE-pytorch 1.x, which before 1.1.6 are"
             " known by token shift or rotary embedding."
         )
     for name in ("reversible", "shared_attn_ids", "shared_ff_ids", "sparse_attn"):
         value = hparams.get(name)
-        if value not in (None, False):
-            raise ValueError(f"`{name}` is {value!r}, which is not converted.")
-    unknown = sorted(set(hparams.get("attn_types") or ()) - set(ATTENTION_TYPES))
+        if value is not None and value is not False:
+            raise ValueError(f"`{name}` is {describe(value)}, which is not converted.")
+    unknown = sorted(set(expect_names(hparams, "attn_types", "`hparams`", ["full"])) - set(ATTENTION_TYPES))
     if unknown:
         raise ValueError(
-            f"`attn_types` holds {', '.join(map(repr, unknown))}; converted are {', '.join(ATTENTION_TYPES)}."
+            f"`attn_types` holds {', '.join(map(describe, unknown))}; converted are {', '.join(ATTENTION_TYPES)}."
         )
 
 
@@ -161,16 +180,22 @@ def list_layers(tensors: Mapping[str, Any]) -> dict[tuple[int, int], LayerKeys]:
 def find_grid_size(tensors: Mapping[str, Any], text_length: int) -> int:
     """The side of the grid of image tokens, by the positions that there are."""
     if "transformer.pos_emb" in tensors:  # a row for each state, or for each but the last in early versions
-        return math.isqrt(tensors["transformer.pos_emb"].shape[-2] - text_length)
-    return find_shape(tensors, "image_pos_emb.weights.0")[1]
+        shape = tensors["transformer.pos_emb"].shape
+        if len(shape) < 2 or shape[-2] <= text_length:
+            raise ValueError(
+                f"transformer.pos_emb is {tuple(shape)}, with no angles beyond {text_length} text states."
+            )
+        return math.isqrt(shape[-2] - text_length)
+    return find_shape(tensors, "image_pos_emb.weights.0", 4)[1]
 
 
 def find_picture_size(vae_tensors: Mapping[str, Any], grid_size: int) -> int | None:
     """The side of the pictures of OpenAI's model and of a VQGAN, which no setting says: 256 of those published."""
     if any(name.startswith("enc.") for name in vae_tensors):
         return 8 * grid_size
-    num_levels = count_numbered(vae_tensors, r"model\.encoder\.down\.(\d+)\.")
-    return grid_size * 2 ** (num_levels - 1) if num_levels else None
+    if not any(name.startswith("model.encoder.down.") for name in vae_tensors):
+        return None
+    return grid_size * 2 ** (count_levels(vae_tensors, "model.") - 1)
 
 
 def has_token_shift(tensors: Mapping[str, Any]) -> bool:
@@ -180,11 +205,13 @@ def has_token_shift(tensors: Mapping[str, Any]) -> bool:
 
 
 def find_config(
-    hparams: Mapping[str, Any], tensors: Mapping[str, Any], image_grid_size: int
+    hparams: Mapping[str, Any], tensors: Mapping[str, Any], image_grid_size: int, version: tuple | None
 ) -> tuple[DalleFamilyPriorConfig, list[str]]:
     """The prior's configuration, and what of it is not in `hparams`."""
     depth, inferred = hparams["depth"], []
     layers = list_layers(tensors)
+    if depth != count_numbered(tensors, r"transformer\.layers\.layers\.(\d+)\."):
+        raise ValueError(f"`depth` of `hparams` is {depth}, but the weights are not of so many layers.")
     found = {
         "sandwich_norm": any("norm_out.weight" in keys.names for keys in layers.values()),
         "shift_tokens": has_token_shift(tensors),
@@ -194,12 +221,13 @@ def find_config(
     for name, value in found.items():
         if name not in hparams:
             inferred.append(f"{name} = {value}, by the names of the weights")
-        elif bool(hparams[name]) != value:
-            raise ValueError(f"`{name}` is {hparams[name]!r} in `hparams`, but the weights say {value}.")
+        elif expect_flag(hparams, name, "`hparams`") != value:
+            raise ValueError(f"`{name}` is {hparams[name]} in `hparams`, but the weights say {value}.")
     for name, default in (("stable", False), ("loss_img_weight", 7), ("attn_types", None)):
         if name not in hparams:
             inferred.append(f"{name} = {default}, DALLE-pytorch's default")
-    attn_types = hparams.get("attn_types") or ("full",)
+    kinds, found_kinds = find_attention_types(hparams, version)
+    inferred += found_kinds
     num_text = hparams["num_text_tokens"] + hparams["text_seq_len"]
     mlp = layers.get((0, 1), LayerKeys({}, 0)).names.get("net.3.weight", "transformer.layers.layers.0.1.fn...net.3")
     config = DalleFamilyPriorConfig(
@@ -214,16 +242,27 @@ def find_config(
         start_token_id=0,
         image_vocab_size=find_shape(tensors, "to_logits.1.weight")[0] - num_text,
         image_grid_size=image_grid_size,
-        attention_types=[ATTENTION_TYPES[name] for name in islice(cycle(attn_types), depth)],
+        attention_types=list(islice(cycle(kinds), depth)),
         conv_kernel_size=5,
         use_rotary_embedding=found["rotary_emb"],
         use_token_shift=found["shift_tokens"],
         use_sandwich_norm=found["sandwich_norm"],
-        use_max_norm=bool(hparams.get("stable", False)),
-        text_loss_weight=1 / (1 + hparams.get("loss_img_weight", 7)),
+        use_max_norm=expect_flag(hparams, "stable", "`hparams`"),
+        text_loss_weight=1 / (1 + expect_number(hparams, "loss_img_weight", "`hparams`", 7)),
+        caption_dropout=None,
         tie_word_embeddings=found["share_input_output_emb"],
     )
     return config, inferred
+
+
+def find_attention_types(hparams: Mapping[str, Any], version: tuple | None) -> tuple[list[str], list[str]]:
+    """Ours of `attn_types`, and how what `conv_like` means was found."""
+    names = expect_names(hparams, "attn_types", "`hparams`", ["full"])
+    if "conv_like" not in names or (version is not None and version >= FIRST_CAUSAL_CONV):
+        return [ATTENTION_TYPES[name] for name in names], []
+    told = "no version in the checkpoint, so before 1.1.6" if version is None else "the checkpoint's version"
+    inferred = f"conv_like is a window centred on the cell, as before DALLE-pytorch 1.5: {told}"
+    return [{**ATTENTION_TYPES, "conv_like": "conv_bordered"}[name] for name in names], [inferred]
 
 
 def map_keys(keys: KeyMap, config: DalleFamilyPriorConfig) -> None:
@@ -287,7 +326,7 @@ def join_rows(text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
 
 def add_rows_and_columns(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """1 x H x 1 x width and 1 x 1 x W x width to (H * W) x width."""
-    return (rows + columns).flatten(0, 2)
+    return (rows.float() + columns.float()).flatten(0, 2)
 
 
 def add_zero_bias(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -303,17 +342,17 @@ def fold_scale(scale: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) ->
 
 def check_angles(keys: KeyMap, config: DalleFamilyPriorConfig) -> None:
     """Drops the rotary angles, which we compute, if they are those that the checkpoint holds."""
-    stored = keys.source["transformer.pos_emb"].read().float()
-    stored = stored.reshape(-1, stored.shape[-1])  # 1 x states x channels, in early versions with one more 1
-    cosine, sine = rotary_table(config.num_text_states, config.image_grid_size, config.head_dim)
-    num_rows = min(len(stored), config.stream_length)
-    difference = torch.inf
-    if stored.shape[1] == cosine.shape[1] and len(stored) >= config.stream_length:
-        ours = torch.stack([cosine[:num_rows], sine[:num_rows]])
-        difference = (ours - torch.stack([stored[:num_rows].cos(), stored[:num_rows].sin()])).abs().max().item()
+    shape, num_rows, difference = keys.source["transformer.pos_emb"].shape, config.stream_length, torch.inf
+    # 1 x states x channels, in early versions with one more 1; a file of few angles makes no large table of ours
+    if len(shape) in (2, 3, 4) and shape[-2:].numel() == shape.numel() and num_rows <= shape[-2] <= num_rows + 1:
+        stored = keys.source["transformer.pos_emb"].read().float().view(shape[-2:])[:num_rows]
+        cosine, sine = rotary_table(config.num_text_states, config.image_grid_size, config.head_dim)
+        if stored.shape[1] == cosine.shape[1]:
+            ours = torch.stack([cosine[:num_rows], sine[:num_rows]])
+            difference = (ours - torch.stack([stored.cos(), stored.sin()])).abs().max().item()
     if not difference <= ROTARY_TOLERANCE:
         raise ValueError(
-            f"The rotary angles, {tuple(stored.shape)}, are not those of DALLE-pytorch 1.6 for"
+            f"The rotary angles, {tuple(shape)}, are not those of DALLE-pytorch 1.6 for"
             f" {config.num_text_states} text states and a grid of {config.image_grid_size}: the largest difference of"
             f" their cosines is {difference:.3g}."
         )

@@ -4,13 +4,19 @@ Its prior is `dalle_pytorch.py`'s, which calls `map_image_model`.
 """
 
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+
 from hf_dalle import DalleDiscreteVAE
 
-from ..folders import Part, build_on_meta, make_part
+from ..cards import Check, Verification
+from ..folders import Conversion, Part, build_on_meta, fill_module, make_part
 from ..safe_load import StoredTensor
+from ..settings import describe, expect_count
 from ..sizes import count_numbered, find_shape
 from .openai_dvae import map_dvae
 from .vqgan import map_vqgan
@@ -53,9 +59,7 @@ def map_discrete_vae(
     Raises:
         ValueError: where the size of the pictures is nowhere, or they have other than three channels.
     """
-    size = image_size or settings.get("image_size")
-    if not isinstance(size, int):
-        raise ValueError("The DiscreteVAE's `image_size` is neither in the checkpoint's `vae_params` nor given.")
+    size = image_size or expect_count(settings, "image_size", "the DiscreteVAE's `vae_params`")
     num_layers = count_numbered(tensors, r"encoder\.(\d+)\.0\.")
     num_resnet_blocks = count_numbered(tensors, r"encoder\.(\d+)\.net\.")
     vocab_size, codebook_dim = find_shape(tensors, "codebook.weight")
@@ -64,7 +68,7 @@ def map_discrete_vae(
         "sample_size": size,
         "vocab_size": vocab_size,
         "codebook_dim": codebook_dim,
-        "hidden_channels": find_shape(tensors, "encoder.0.0.weight")[0],
+        "hidden_channels": find_shape(tensors, "encoder.0.0.weight", 4)[0],
         "num_layers": num_layers,
         "num_resnet_blocks": num_resnet_blocks,
         "pixel_mean": mean,
@@ -85,8 +89,15 @@ def _read_normalization(settings: Mapping[str, Any]) -> tuple[list[float] | None
         return [0.5] * 3, [0.5] * 3
     if settings["normalization"] is None:
         return None, None
+    given = settings["normalization"]
+    are_lists = type(given) in (list, tuple) and [type(part) in (list, tuple) for part in given] == [True, True]
     # a number a channel, of which the fourth was for transparency
-    return tuple([float(number) for number in numbers[:3]] for numbers in settings["normalization"])
+    numbers = [list(part[:3]) for part in given] if are_lists else []
+    if [len(part) for part in numbers] != [3, 3] or not all(type(n) in (int, float) for n in sum(numbers, [])):
+        raise ValueError(
+            f"`normalization` of the DiscreteVAE is {describe(given)}; expected a mean and a deviation a channel."
+        )
+    return tuple([float(number) for number in part] for part in numbers)
 
 
 def _name_original(name: str, num_layers: int, num_resnet_blocks: int) -> str:
@@ -100,3 +111,51 @@ def _name_original(name: str, num_layers: int, num_resnet_blocks: int) -> str:
     name = re.sub(r"^decoder\.resnets\.(\d+)\.", lambda found: f"decoder.{1 + int(found[1])}.", name)
     name = re.sub(r"^decoder\.upsamplers\.(\d+)\.", lambda found: f"decoder.{first + int(found[1])}.0.", name)
     return name.replace("decoder.conv_out.", f"decoder.{first + num_layers}.")
+
+
+# --------------------------------------------------------------------------------------------------------- --verify
+
+
+@torch.no_grad()
+def verify_discrete_vae(vae: DalleDiscreteVAE, conversion: Conversion, part: str) -> Verification:
+    """
+    Compares a DiscreteVAE that was written with DALLE-pytorch's where that is installed, else tokens with their
+    one-hot vectors, and asks whether all is finite.
+
+    Args:
+        vae ([`DalleDiscreteVAE`]): as it was loaded.
+        conversion ([`Conversion`]): what it was written from.
+        part (`str`): its name there.
+    """
+    config, size = vae.config, vae.config.sample_size
+    pixels = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    encoded = vae.encode(pixels)
+    sample = vae.decode(encoded.tokens).sample
+    num_broken = sum((~values.isfinite()).sum().item() for values in (encoded.logits, sample))
+    checks = [Check("values that are not finite", num_broken, 0)]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from dalle_pytorch import DiscreteVAE
+    except (ImportError, AttributeError):
+        one_hot = F.one_hot(encoded.tokens, config.vocab_size).movedim(-1, 1).float()
+        difference = (vae.decode(one_hot).sample - sample).abs().max().item()
+        checks.append(Check("largest difference of pixels from tokens and from one-hot vectors", difference, 1e-4))
+        return Verification("itself (dalle-pytorch is not installed)", checks)
+    original = DiscreteVAE(
+        **{"image_size": size, "num_tokens": config.vocab_size, "codebook_dim": config.codebook_dim},
+        **{"num_layers": config.num_layers, "num_resnet_blocks": config.num_resnet_blocks},
+        hidden_dim=config.hidden_channels,
+    )
+    means, stds = config.pixel_mean or [0.0] * 3, config.pixel_std or [1.0] * 3
+    original.normalization = (means, stds)
+    fill_module(original, dict(conversion.read_rounded(part)))
+    logits = original(pixels, return_logits=True)
+    decoded = original.decode(encoded.tokens.flatten(1))  # still normalised
+    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (means, stds))
+    checks += [
+        Check("tokens that differ", (encoded.tokens != logits.argmax(dim=1)).sum().item(), 0),
+        Check("largest difference of logits", (encoded.logits - logits).abs().max().item(), 1e-3),
+        Check("largest difference of pixels", (sample - (decoded * std + mean).clamp(0, 1)).abs().max().item(), 1e-4),
+    ]
+    return Verification("dalle-pytorch's DiscreteVAE", checks)

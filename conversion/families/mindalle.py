@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from hf_dalle import DalleFamilyPriorConfig, DalleFamilyPriorForCausalLM, DalleImageProcessor
 
@@ -16,10 +15,11 @@ from ..cards import Verification
 from ..folders import Conversion, Facts, Part, build_on_meta, fill_module, make_part
 from ..key_map import KeyMap
 from ..safe_load import list_tensors, load_checkpoint
+from ..settings import expect_count, expect_dict, expect_flag, read_yaml
 from ..sizes import count_numbered, find_shape
 from .caption_tokenizers import read_char_bpe
-from .prior_check import verify_pipeline
-from .vqgan import LIGHTNING_CLASSES, map_vqgan
+from .prior_check import Original, verify_pipeline
+from .vqgan import BESIDE, LIGHTNING_CLASSES, expect_resolution, list_beside, map_vqgan
 
 
 FILES = (
@@ -40,6 +40,10 @@ FACTS = Facts(
         " else trained with it have that maker's terms."
     ),
     language="en",
+    notes=[
+        "The original has no guidance, and nothing says that captions were dropped in training: guidance warns, and"
+        " the empty prompt is refused.",
+    ],
 )
 
 
@@ -58,15 +62,15 @@ def read_source(source: Path) -> Conversion:
     missing = [name for name, path in zip(FILES, files, strict=True) if not path.is_file()]
     if missing:
         raise OSError(f"{source} must be minDALL-E's folder; it lacks {', '.join(missing)}.")
-    tensors, stage1 = (
-        list_tensors(load_checkpoint(path, LIGHTNING_CLASSES).content["state_dict"]) for path in (files[2], files[1])
-    )
+    (tensors, beside), (stage1, beside_stage1) = (read_state_dict(path) for path in (files[2], files[1]))
     config, inferred = find_config(tensors, read_settings(files[0]))
     model = build_on_meta(DalleFamilyPriorForCausalLM, config)
     model.generation_config.update(top_k=min(TOP_K, config.image_vocab_size))
     prior = make_part(model, tensors)
     map_keys(prior.keys, config)
     dvae, found = map_vqgan(stage1, read_resolution(files[0]))
+    prior.keys.drop_beside(beside, BESIDE)
+    dvae.keys.drop_beside(beside_stage1, BESIDE)
     tokenizer = read_char_bpe(files[3], files[4], config.text_length)
     parts = {
         "prior": prior,
@@ -77,29 +81,31 @@ def read_source(source: Path) -> Conversion:
     return Conversion(parts, FACTS, files, [*inferred, *found])
 
 
-def _read_yaml(path: Path, *keys: str) -> Any:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a YAML file ({' '.join(str(error).split())}).") from error
-    for key in keys:
-        content = content.get(key) if isinstance(content, dict) else None
-    return content
+def read_state_dict(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The tensors of one of the two stages, and what its file holds beside them."""
+    content = expect_dict(load_checkpoint(path, LIGHTNING_CLASSES).content, f"The content of {path}")
+    if "state_dict" not in content:
+        raise ValueError(f"{path} is no checkpoint of minDALL-E: it lacks `state_dict`.")
+    return list_tensors(content["state_dict"]), list_beside(content)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
     """`stage2.hparams` of config.yaml."""
-    return dict(_read_yaml(path, "stage2", "hparams") or {})
+    found = read_yaml(path, "stage2", "hparams")
+    return {} if found is None else expect_dict(found, f"`stage2.hparams` of {path}")
 
 
 def read_resolution(path: Path) -> int | None:
     """`stage1.hparams.resolution` of config.yaml."""
-    return _read_yaml(path, "stage1", "hparams", "resolution")
+    return expect_resolution(read_yaml(path, "stage1", "hparams", "resolution"), path)
 
 
 def find_config(tensors: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[DalleFamilyPriorConfig, list[str]]:
     """The prior's configuration, from the shapes of its weights, and what config.yaml did not say."""
     taken = {name: settings.get(name, default) for name, default in DEFAULTS.items()}
+    for name, value in taken.items():
+        expect = expect_count if name == "n_heads" else expect_flag
+        taken[name] = expect({name: value}, name, "config.yaml")
     inferred = [f"{name} = {taken[name]}, minDALL-E's default" for name in DEFAULTS if name not in settings]
     if not (taken["attn_bias"] and taken["mlp_bias"]):
         raise ValueError("Layers without biases (`attn_bias`, `mlp_bias`) are not converted.")
@@ -170,9 +176,10 @@ def verify(folder: Path, conversion: Conversion) -> Verification:
     """
     try:
         from dalle.models.stage2.transformer import Transformer1d
+        from dalle.models.tokenizer import build_tokenizer
         from omegaconf import OmegaConf
     except (ImportError, AttributeError, ValueError):  # the last from its dataclasses, which Python 3.11 refuses
-        return verify_pipeline(folder, conversion, "minDALL-E", None)
+        return verify_pipeline(folder, conversion, Original("minDALL-E"))
     config = conversion.parts["prior"].content.config
     hparams = {
         **{
@@ -185,11 +192,17 @@ def verify(folder: Path, conversion: Conversion) -> Verification:
         **{"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0, "mlp_bias": True, "attn_bias": True},
     }
     original = Transformer1d(config.text_vocab_size, config.image_vocab_size, OmegaConf.create(hparams))
-    fill_module(original, dict(conversion.read_rounded("prior")))
+    fill_module(original, dict(conversion.read_stored("prior")))
+    options = {"context_length": config.text_length, "lowercase": True, "dropout": None}
+    tokenizer = build_tokenizer(str(conversion.files[3].parent), **options)
 
     def compute(text_ids: torch.Tensor, image_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         places = [torch.arange(ids.shape[1])[None] for ids in (image_tokens, text_ids)]
         image, text = original(image_tokens, text_ids, *places)
         return text, image
 
-    return verify_pipeline(folder, conversion, "minDALL-E's code", compute)
+    return verify_pipeline(
+        folder,
+        conversion,
+        Original("minDALL-E", "of the clone", compute, lambda caption: tokenizer.encode(caption).ids),
+    )

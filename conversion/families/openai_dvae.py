@@ -60,11 +60,12 @@ def read_source(source: Path) -> Conversion:
     for file in files:
         if not file.is_file():
             raise OSError(f"{file} is missing: the source is a folder with encoder.pkl and decoder.pkl.")
-    tensors = {}
+    tensors, attributes = {}, set()
     for side, file in zip(("encoder", "decoder"), files, strict=True):
-        found = list_tensors(load_checkpoint(file, CLASSES).content)
+        found = list_tensors(load_checkpoint(file, CLASSES).content, attributes)
         tensors |= {f"{side}.{name}": tensor for name, tensor in found.items()}
     part, inferred = map_dvae(tensors)
+    part.keys.drop_beside(attributes, "attributes of the pickled modules, whose values are not looked at")
     return Conversion({"": part}, FACTS, files, inferred)
 
 
@@ -79,19 +80,19 @@ def map_dvae(tensors: Mapping[str, StoredTensor], sample_size: int = 256) -> tup
     Returns:
         `tuple[Part, list[str]]`: with sizes found from the weights, and how.
     """
-    width = find_shape(tensors, "encoder.blocks.input.w")[0]
-    vocab_size = find_shape(tensors, "encoder.blocks.output.conv.w")[0]
+    width = find_shape(tensors, "encoder.blocks.input.w", 4)[0]
+    vocab_size = find_shape(tensors, "encoder.blocks.output.conv.w", 4)[0]
     layers_per_block = count_numbered(tensors, r"encoder\.blocks\.group_1\.block_(\d+)\.")
     num_groups = count_numbered(tensors, r"encoder\.blocks\.group_(\d+)\.")
     if num_groups != NUM_GROUPS:
         raise ValueError(f"The encoder has {num_groups} groups; OpenAI's has {NUM_GROUPS}.")
-    decoder_width = find_shape(tensors, "decoder.blocks.output.conv.w")[1]
+    decoder_width = find_shape(tensors, "decoder.blocks.output.conv.w", 4)[1]
     config = {
         "sample_size": sample_size,
         "vocab_size": vocab_size,
         "encoder_block_out_channels": [width * 2**group for group in range(NUM_GROUPS)],
         "decoder_block_out_channels": [decoder_width * 2**group for group in reversed(range(NUM_GROUPS))],
-        "decoder_in_channels": find_shape(tensors, "decoder.blocks.input.w")[0],
+        "decoder_in_channels": find_shape(tensors, "decoder.blocks.input.w", 4)[0],
         "layers_per_block": layers_per_block,
     }
     part = make_part(build_on_meta(DalleDVAE, **config), tensors)
@@ -127,46 +128,51 @@ def verify(folder: Path, conversion: Conversion) -> Verification:
         folder (`Path`): what was written.
         conversion ([`Conversion`]): what it was written from.
     """
-    dvae = DalleDVAE.from_pretrained(folder)
+    return verify_dvae(DalleDVAE.from_pretrained(folder), conversion, "")
+
+
+@torch.no_grad()
+def verify_dvae(dvae: DalleDVAE, conversion: Conversion, part: str) -> Verification:
+    """[`verify`] for the model that was converted as a part of several."""
     size = dvae.config.sample_size
     pixels = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        encoded = dvae.encode(pixels)
-        decoded = dvae.decode(encoded.tokens)
-        against, logits, maps = run_original(dvae, conversion, map_pixels(pixels), encoded.tokens)
-        checks = [
-            Check("largest difference of the encoder's logits", _largest_difference(encoded.logits, logits), 1e-3),
-            Check("tokens that differ", (encoded.tokens != logits.argmax(dim=1)).sum().item(), 0),
-            Check("pixels that are not finite", (~decoded.sample.isfinite()).sum().item(), 0),
+    encoded = dvae.encode(pixels)
+    decoded = dvae.decode(encoded.tokens)
+    against, logits, maps = run_original(dvae, conversion, part, map_pixels(pixels), encoded.tokens)
+    checks = [
+        Check("largest difference of the encoder's logits", _largest_difference(encoded.logits, logits), 1e-3),
+        Check("tokens that differ", (encoded.tokens != logits.argmax(dim=1)).sum().item(), 0),
+        Check("pixels that are not finite", (~decoded.sample.isfinite()).sum().item(), 0),
+    ]
+    if maps is not None:
+        own_maps, sample = torch.cat([decoded.mu, decoded.log_b], dim=1), unmap_pixels(torch.sigmoid(maps[:, :3]))
+        checks += [
+            Check("largest difference of the decoder's maps", _largest_difference(own_maps, maps), 1e-3),
+            Check("largest difference of pixels in [0, 1]", _largest_difference(decoded.sample, sample), 1e-4),
         ]
-        if maps is not None:
-            own_maps, sample = torch.cat([decoded.mu, decoded.log_b], dim=1), unmap_pixels(torch.sigmoid(maps[:, :3]))
-            checks += [
-                Check("largest difference of the decoder's maps", _largest_difference(own_maps, maps), 1e-3),
-                Check("largest difference of pixels in [0, 1]", _largest_difference(decoded.sample, sample), 1e-4),
-            ]
     return Verification(against, checks)
 
 
 def run_original(
-    dvae: DalleDVAE, conversion: Conversion, mapped: torch.Tensor, tokens: torch.Tensor
+    dvae: DalleDVAE, conversion: Conversion, part: str, mapped: torch.Tensor, tokens: torch.Tensor
 ) -> tuple[str, torch.Tensor, torch.Tensor | None]:
     """What the original is, its logits for mapped pixels, and its six maps for tokens if it has a decoder."""
     config = dvae.config
     try:
         from dall_e import Decoder, Encoder
     except ImportError:
-        return "the codebook of transformers' FLAVA (its encoder alone)", _run_flava(conversion, config, mapped), None
+        logits = _run_flava(dict(conversion.read_rounded(part, "encoder.")), config, mapped)
+        return "the codebook of transformers' FLAVA (its encoder alone)", logits, None
     sizes = {"vocab_size": config.vocab_size, "n_blk_per_group": config.layers_per_block}
     encoder = Encoder(n_hid=config.encoder_block_out_channels[0], **sizes)
     decoder = Decoder(n_hid=config.decoder_block_out_channels[-1], n_init=config.decoder_in_channels, **sizes)
     for side, module in (("encoder", encoder), ("decoder", decoder)):
-        fill_module(module, dict(conversion.read_rounded("", f"{side}.")))
+        fill_module(module, dict(conversion.read_rounded(part, f"{side}.")))
     one_hot = nn.functional.one_hot(tokens, config.vocab_size).movedim(-1, 1).float()
     return "OpenAI's DALL-E package", encoder(mapped), decoder(one_hot)
 
 
-def _run_flava(conversion: Conversion, config: dict, mapped: torch.Tensor) -> torch.Tensor:
+def _run_flava(stored: Mapping[str, torch.Tensor], config: dict, mapped: torch.Tensor) -> torch.Tensor:
     from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 
     codebook = FlavaImageCodebook(
@@ -178,7 +184,7 @@ def _run_flava(conversion: Conversion, config: dict, mapped: torch.Tensor) -> to
         )
     )
     weights = {}
-    for name, tensor in conversion.read_rounded("", "encoder."):
+    for name, tensor in stored.items():
         name = re.sub(r"\.w$", ".weight", re.sub(r"\.b$", ".bias", name))
         name = name.replace(".res_path.", ".res_path.path.")
         weights[re.sub(r"(group_\d)\.block", r"\1.group.block", name)] = tensor

@@ -1,6 +1,7 @@
-"""ruDALL-E in its v3 form (Malevich, Surrealist XL, Kandinsky): a flat `.bin`, a GumbelVQ, a YouTokenToMe model.
+"""ruDALL-E (Malevich, Surrealist XL, Kandinsky, Emojich): a flat `.bin`, a GumbelVQ, a YouTokenToMe model.
 
-Sizes that only its code says are found from the weights; the number of heads, which no weight shows, by the width.
+Sizes that only its code says are found from the weights; the number of heads, which no weight shows, by the width;
+which of its two forms a prior is of, by the masks that lie with it, else by the user's word.
 """
 
 from collections.abc import Mapping
@@ -18,10 +19,17 @@ from ..key_map import KeyMap
 from ..safe_load import list_tensors, load_checkpoint
 from ..sizes import count_numbered, find_shape
 from .caption_tokenizers import read_youtokentome
-from .prior_check import verify_pipeline
-from .vqgan import LIGHTNING_CLASSES, find_file, map_vqgan
+from .prior_check import Original, verify_pipeline
+from .vqgan import BESIDE, LIGHTNING_CLASSES, add_note, count_levels, find_file, list_beside, map_vqgan, take_weights
 
 
+FORMS = ("v2", "v3")
+# Of the published files, by rudalle 1.1.3; some have one name.
+PUBLISHED_FORMS = (
+    "Malevich's pytorch_model_v3.bin, Surrealist XL and Kandinsky are v3; Emojich and Malevich's pytorch_model_v2.bin"
+    " are v2"
+)
+START_TOKEN_ID = 2  # what the v2 form puts before a caption, which the tokenizer begins with too
 HEADS_OF_WIDTH = {768: 12, 2048: 16, 3840: 60}  # its dummy, its XL models, Kandinsky
 CONV_KERNEL_SIZE = 11
 LARGEST_HALF = 65504.0
@@ -39,38 +47,44 @@ FACTS = Facts(
     language="ru",
     notes=[
         "Row and column positions are one table: equal in float32, rounded once more in 16 bits.",
-        "The first image token is drawn by the image head, as the original does. Its v3 form never trained that head"
-        " there: in training the first token was a label of the text head.",
+        "The original has no guidance, and nothing says that captions were dropped in training: guidance warns, and"
+        " the empty prompt is refused.",
     ],
+)
+V3_NOTE = (
+    "The first image token is drawn by the image head, as the original does. Its v3 form never trained that head"
+    " there: in training the first token was a label of the text head."
 )
 
 
-def read_source(source: Path) -> Conversion:
+def read_source(source: Path, form: str | None = None) -> Conversion:
     """
     Reads a folder with the prior (one `.bin`), the image model (`vqgan.gumbelf8-sber.model.ckpt`) and `bpe.model`.
 
     Args:
         source (`Path`): the folder.
+        form (`str`, *optional*): one of [`FORMS`], which a file without masks does not tell.
 
     Raises:
         OSError: for a file that is missing or damaged.
-        ValueError: for what is not ruDALL-E's, or its v2 form.
+        ValueError: for what is not ruDALL-E's; for a form that is missing, or another than the file's.
     """
     if not source.is_dir():
         raise OSError(f"{source} must be a folder with the prior (.bin), the image model (.ckpt) and bpe.model.")
     files = [find_file(source, (".bin",)), find_file(source, (".ckpt",)), find_file(source, (".model",))]
-    if "v2" in files[0].stem:
-        raise ValueError(f"{files[0].name} is of the v2 form, which is not converted.")
     tensors = list_tensors(load_checkpoint(files[0]).content)
-    config, inferred = find_config(tensors)
+    form, told = find_form(tensors, form, files[0].name)
+    config, inferred = find_config(tensors, form)
+    inferred.append(told)
     model = build_on_meta(DalleFamilyPriorForCausalLM, config)
     model.generation_config.update(top_k=min(TOP_K, config.image_vocab_size), top_p=TOP_P)
     prior = make_part(model, tensors)
-    inferred += map_keys(prior.keys, config)
+    map_keys(prior.keys, config)
     content = load_checkpoint(files[1], LIGHTNING_CLASSES).content
-    vae_tensors = list_tensors(content.get("state_dict", content))
-    factor = 2 ** (count_numbered(vae_tensors, r"encoder\.down\.(\d+)\.") - 1)
+    vae_tensors = list_tensors(take_weights(content))
+    factor = 2 ** (count_levels(vae_tensors) - 1)
     dvae, found = map_vqgan(vae_tensors, config.image_grid_size * factor)
+    dvae.keys.drop_beside(list_beside(content), BESIDE)
     found[0] = f"pictures of {config.image_grid_size * factor}: the prior's grid, {factor} pixels a cell"
     tokenizer = read_youtokentome(files[2], config.text_length, do_lower_case=True, do_add_ends=True)
     if len(tokenizer) != config.text_vocab_size:
@@ -83,11 +97,50 @@ def read_source(source: Path) -> Conversion:
         "tokenizer": Part(tokenizer),
         "image_processor": Part(DalleImageProcessor(size=dvae.content.config.sample_size)),
     }
-    return Conversion(parts, FACTS, files, [*inferred, *found])
+    facts = FACTS if form == "v2" else add_note(FACTS, V3_NOTE)
+    return Conversion(parts, facts, files, [*inferred, *found])
 
 
-def find_config(tensors: Mapping[str, Any]) -> tuple[DalleFamilyPriorConfig, list[str]]:
-    """The prior's configuration from the shapes of its weights."""
+def find_form(tensors: Mapping[str, Any], form: str | None, name: str) -> tuple[str, str]:
+    """
+    Of which form a prior is, and what tells it: the mask of its last layer where the file holds it, else the user.
+
+    Args:
+        tensors (`Mapping[str, StoredTensor]`): the file's.
+        form (`str`, *optional*): what the user says.
+        name (`str`): of the file.
+    """
+    found = None
+    if "transformer.conv_mask" in tensors:
+        text_length = find_shape(tensors, "text_pos_embeddings.weight")[0] - 1
+        grid_size = find_shape(tensors, "image_row_embeddings.weight")[0]
+        fitting = [kind for kind in FORMS if is_mask(tensors, "conv", kind, text_length, grid_size)]
+        if not fitting:
+            raise ValueError(f"transformer.conv_mask of {name} is the mask of neither form of ruDALL-E, v2 or v3.")
+        found = fitting[0] if len(fitting) == 1 else None
+    if found is not None and form not in (None, found):
+        raise ValueError(f"{name} is of the {found} form, by the mask of its conv layer, and not {form}.")
+    if found is not None:
+        return found, f"the {found} form, by the mask of its conv layer"
+    if form is None:
+        raise ValueError(
+            f"{name} does not tell its form: add `--form v2` or `--form v3`. The weights are the same, the other form"
+            f" draws wrongly. {PUBLISHED_FORMS}, by rudalle 1.1.3."
+        )
+    if any(other in Path(name).stem for other in FORMS if other != form):
+        raise ValueError(f"{name} names another form than `--form {form}`: take the right one, or rename the file.")
+    return form, f"the {form} form, by `--form`: no mask in the file tells it"
+
+
+def find_config(tensors: Mapping[str, Any], form: str) -> tuple[DalleFamilyPriorConfig, list[str]]:
+    """
+    The prior's configuration from the shapes of its weights.
+
+    Args:
+        tensors (`Mapping[str, StoredTensor]`): its own, or the like with shapes.
+        form (`str`): one of [`FORMS`]. A prior of the v2 form puts a start-of-text before each caption, by which its
+            masks are one state early, and its conv windows go round the grid.
+    """
     num_ids, width = find_shape(tensors, "text_embeddings.weight")
     text_length = find_shape(tensors, "text_pos_embeddings.weight")[0] - 1
     num_layers = count_numbered(tensors, r"transformer\.layers\.(\d+)\.")
@@ -102,11 +155,13 @@ def find_config(tensors: Mapping[str, Any]) -> tuple[DalleFamilyPriorConfig, lis
         hidden_act="gelu_pytorch_tanh",
         text_vocab_size=num_ids - text_length,
         text_length=text_length,
+        start_token_id=START_TOKEN_ID if form == "v2" else None,
         bos_token_id=2,
         image_vocab_size=find_shape(tensors, "image_embeddings.weight")[0],
         image_grid_size=find_shape(tensors, "image_row_embeddings.weight")[0],
-        attention_types=[find_attention_type(layer, num_layers) for layer in range(num_layers)],
+        attention_types=[find_attention_type(layer, num_layers, form) for layer in range(num_layers)],
         conv_kernel_size=CONV_KERNEL_SIZE,
+        use_early_masks=form == "v2",
         use_sandwich_norm=is_sandwich,
         use_head_norm=True,
         attention_output_limit=LARGEST_HALF,
@@ -121,18 +176,18 @@ def find_config(tensors: Mapping[str, Any]) -> tuple[DalleFamilyPriorConfig, lis
     return config, inferred
 
 
-def find_attention_type(layer: int, num_layers: int) -> str:
+def find_attention_type(layer: int, num_layers: int, form: str) -> str:
     """What its code says: of layers 0, 1, ... every fourth from 1 is column, the last conv, the others row."""
     if (layer - 1) % 4 == 0:
         return "column"
-    return "row" if layer != num_layers - 1 else "conv_bordered"
+    return "row" if layer != num_layers - 1 else MASKS[form]["conv"]
 
 
-def map_keys(keys: KeyMap, config: DalleFamilyPriorConfig) -> list[str]:
-    """The rules for the prior's weights; what was assumed."""
-    text_length = config.text_length
+def map_keys(keys: KeyMap, config: DalleFamilyPriorConfig) -> None:
+    """The rules for the prior's weights."""
+    num_states = config.num_text_states  # the v3 form has one position more than it reads
     keys.add("model.embed_tokens.weight", ("text_embeddings.weight", "image_embeddings.weight"), join_rows)
-    keys.add("model.text_position_embedding.weight", "text_pos_embeddings.weight", lambda weight: weight[:text_length])
+    keys.add("model.text_position_embedding.weight", "text_pos_embeddings.weight", lambda weight: weight[:num_states])
     sides = ("image_row_embeddings.weight", "image_col_embeddings.weight")
     keys.add("model.image_position_embedding.weight", sides, add_rows_and_columns)
     pairs = {
@@ -156,7 +211,7 @@ def map_keys(keys: KeyMap, config: DalleFamilyPriorConfig) -> list[str]:
     for ours, theirs in pairs.items():
         for name in ("weight", "bias"):
             keys.add(f"{ours}.{name}", f"{theirs}.{name}")
-    return check_masks(keys, config)
+    drop_masks(keys, config)
 
 
 def join_rows(text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
@@ -166,26 +221,35 @@ def join_rows(text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
 
 def add_rows_and_columns(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """H x width and W x width to (H * W) x width."""
-    return (rows[:, None] + columns[None]).flatten(0, 1)
+    return (rows.float()[:, None] + columns.float()[None]).flatten(0, 1)
 
 
-def check_masks(keys: KeyMap, config: DalleFamilyPriorConfig) -> list[str]:
+# Attention types by the names of the masks.
+MASKS = {
+    "v2": {"row": "row", "col": "column", "conv": "conv_wrapped"},
+    "v3": {"row": "row", "col": "column", "conv": "conv_bordered"},
+}
+
+
+def is_mask(tensors: Mapping[str, Any], name: str, form: str, text_length: int, grid_size: int) -> bool:
+    """Whether a mask of the file is the one that we compute for a form."""
+    stored = tensors[f"transformer.{name}_mask"]
+    num_states = text_length + grid_size**2
+    if stored.shape.numel() != num_states**2 or stored.shape[-2:] != (num_states, num_states):
+        return False
+    ours = family_attention_mask(MASKS[form][name], text_length, grid_size, CONV_KERNEL_SIZE)
+    return torch.equal(stored.read().bool().view(num_states, num_states), ours)
+
+
+def drop_masks(keys: KeyMap, config: DalleFamilyPriorConfig) -> None:
     """Drops the masks, which we compute, if they are those that the checkpoint holds, where it holds them."""
-    names = {"row": "row", "col": "column", "conv": "conv_bordered"}
-    masks = {f"transformer.{name}_mask": kind for name, kind in names.items()}
-    found = {name: kind for name, kind in masks.items() if name in keys.source}
-    sizes = (config.text_length, config.image_grid_size, config.conv_kernel_size)
-    for name, kind in found.items():
-        stored = keys.source[name].read().bool()
-        if not torch.equal(stored.squeeze(), family_attention_mask(kind, *sizes)):
-            raise ValueError(f"{name} is not the mask of ruDALL-E's v3 form; its v2 form is not converted.")
-        keys.drop(name, "a mask, which is computed; equal")
-    if "transformer.conv_mask" in found:
-        return ["the v3 form, by the mask of its conv layer"]
-    return [
-        "the v3 form is assumed: without masks the weights do not tell it from v2 (Emojich and Malevich's"
-        " pytorch_model_v2.bin, by rudalle 1.1.3), which is not converted"
-    ]
+    form = "v2" if config.use_early_masks else "v3"
+    for name in MASKS[form]:
+        if f"transformer.{name}_mask" not in keys.source:
+            continue
+        if not is_mask(keys.source, name, form, config.text_length, config.image_grid_size):
+            raise ValueError(f"transformer.{name}_mask is not the mask of ruDALL-E's {form} form.")
+        keys.drop(f"transformer.{name}_mask", "a mask, which is computed; equal")
 
 
 # --------------------------------------------------------------------------------------------------------- --verify
@@ -201,9 +265,11 @@ def verify(folder: Path, conversion: Conversion) -> Verification:
     """
     try:
         import rudalle
+        import youtokentome
         from rudalle.dalle.model import DalleModel
+        from rudalle.tokenizer import YTTMTokenizerWrapper
     except (ImportError, AttributeError):
-        return verify_pipeline(folder, conversion, "rudalle", None)
+        return verify_pipeline(folder, conversion, Original("rudalle"))
     config = conversion.parts["prior"].content.config
     original = DalleModel(
         "cpu",
@@ -214,15 +280,21 @@ def verify(folder: Path, conversion: Conversion) -> Verification:
         num_attention_heads=config.num_attention_heads,
         cogview_sandwich_layernorm=config.use_sandwich_norm,
         cogview_pb_relax=True,
+        hf_version="v2" if config.use_early_masks else "v3",
     )
     masks = {name: tensor for name, tensor in original.state_dict().items() if name.endswith("_mask")}
-    fill_module(original, {**masks, **dict(conversion.read_rounded("prior"))})
+    fill_module(original, {**masks, **dict(conversion.read_stored("prior"))})
+    tokenizer = YTTMTokenizerWrapper(youtokentome.BPE(model=str(conversion.files[2])))
 
     def compute(text_ids: torch.Tensor, image_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         input_ids = torch.cat([text_ids, image_tokens[:, :-1]], dim=1)
         mask = torch.ones(1, 1, original.total_seq_length, original.total_seq_length).tril()
         logits, _ = original(input_ids, mask)
-        text, image = logits.tensor_split([config.text_length - 1], dim=1)
+        text, image = logits.tensor_split([config.num_text_states - 1], dim=1)
         return text[..., : config.image_token_offset], image[..., config.image_token_offset :]
 
-    return verify_pipeline(folder, conversion, f"rudalle {rudalle.__version__}", compute)
+    def encode(caption: str) -> list[int]:
+        # What its pipelines.generate_images does to a caption.
+        return tokenizer.encode_text(caption.lower().strip(), config.text_length).tolist()
+
+    return verify_pipeline(folder, conversion, Original("rudalle", rudalle.__version__, compute, encode))

@@ -6,10 +6,10 @@ ruDALL-E's, minDALL-E's and DALLE-pytorch's checkpoints hold such models too; th
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import nn
 
 from hf_dalle import DalleVQGAN
@@ -17,11 +17,14 @@ from hf_dalle import DalleVQGAN
 from ..cards import Check, Verification
 from ..folders import Conversion, Facts, Part, build_on_meta, fill_module, make_part
 from ..safe_load import StoredTensor, list_tensors, load_checkpoint
+from ..settings import describe, read_yaml
 from ..sizes import count_numbered, find_shape
 
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 DEFAULT_RESOLUTION = 256
+BESIDE = "entries of the file beside the weights, which only training needs"
+MAX_LEVELS = 10  # each halves the picture
 # What PyTorch Lightning writes beside the weights: keys of a dict, and numbers that are not looked at.
 LIGHTNING_CLASSES = [
     *("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
@@ -60,13 +63,35 @@ def read_source(source: Path) -> Conversion:
     """
     file = find_file(source, SUFFIXES)
     content = load_checkpoint(file, LIGHTNING_CLASSES).content
-    content = content.get("state_dict", content) if type(content) is dict else content
     configs = sorted({*file.parent.glob("*.yaml"), *file.parent.glob("*.yml")})
     resolution = read_resolution(configs[0]) if len(configs) == 1 else None
-    part, inferred = map_vqgan(list_tensors(content), resolution)
+    part, inferred = map_vqgan(list_tensors(take_weights(content)), resolution)
+    part.keys.drop_beside(list_beside(content), BESIDE)
     files = [file, *(configs if resolution is not None else [])]
     facts = FACTS if part.content.config.quantizer == "nearest" else add_note(FACTS, NOISE_NOTE)
     return Conversion({"": part}, facts, files, inferred)
+
+
+def take_weights(content: Any) -> Any:
+    """The state dict of a checkpoint of PyTorch Lightning, or what is one itself."""
+    return content.get("state_dict", content) if type(content) is dict else content
+
+
+def list_beside(content: Any, used: tuple[str, ...] = ("state_dict",)) -> list[str]:
+    """The entries of a checkpoint beside those that are used; none of a dict that is a state dict itself."""
+    is_state_dict = type(content) is not dict or used[-1] not in content
+    return [] if is_state_dict else [str(key)[:100] for key in content if key not in used]
+
+
+def count_levels(tensors: Mapping[str, StoredTensor], prefix: str = "") -> int:
+    """How many resolutions a VQGAN has whose weights begin with `prefix`; `ValueError` where it is none."""
+    num_levels = count_numbered(tensors, rf"{re.escape(prefix)}encoder\.down\.(\d+)\.")
+    if not 1 <= num_levels <= MAX_LEVELS:
+        some = ", ".join(list(tensors)[:5]) or "none"
+        raise ValueError(
+            f"The source has {num_levels} levels `encoder.down`; a VQGAN has 1 to {MAX_LEVELS}. Names: {some}."
+        )
+    return num_levels
 
 
 def find_file(source: Path, suffixes: tuple[str, ...]) -> Path:
@@ -82,13 +107,14 @@ def find_file(source: Path, suffixes: tuple[str, ...]) -> Path:
 
 def read_resolution(path: Path) -> int | None:
     """`model.params.ddconfig.resolution` of a configuration file; `None` if it has none."""
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a YAML file ({' '.join(str(error).split())}).") from error
-    for key in ("model", "params", "ddconfig", "resolution"):
-        config = config.get(key) if isinstance(config, dict) else None
-    return config if isinstance(config, int) else None
+    return expect_resolution(read_yaml(path, "model", "params", "ddconfig", "resolution"), path)
+
+
+def expect_resolution(value: Any, path: Path) -> int | None:
+    """The side of the pictures that a configuration file says, where it does."""
+    if value is not None and (type(value) is not int or not 1 <= value <= 2**16):
+        raise ValueError(f"`resolution` of {path} is {describe(value)}; expected the side of the pictures in pixels.")
+    return value
 
 
 def add_note(facts: Facts, note: str) -> Facts:
@@ -107,8 +133,8 @@ def map_vqgan(tensors: Mapping[str, StoredTensor], resolution: int | None = None
     Returns:
         `tuple[Part, list[str]]`: with sizes found from the weights, and how.
     """
-    num_levels = count_numbered(tensors, r"encoder\.down\.(\d+)\.")
-    widths = [find_shape(tensors, f"encoder.down.{level}.block.0.conv2.weight")[0] for level in range(num_levels)]
+    num_levels = count_levels(tensors)
+    widths = [find_shape(tensors, f"encoder.down.{level}.block.0.conv2.weight", 4)[0] for level in range(num_levels)]
     is_gumbel = "quantize.proj.weight" in tensors
     codes = "quantize.embed.weight" if is_gumbel else "quantize.embedding.weight"
     vocab_size, codebook_dim = find_shape(tensors, codes)
@@ -120,7 +146,7 @@ def map_vqgan(tensors: Mapping[str, StoredTensor], resolution: int | None = None
         "attention_levels": [
             level for level in range(num_levels) if f"encoder.down.{level}.attn.0.q.weight" in tensors
         ],
-        "latent_channels": find_shape(tensors, "decoder.conv_in.weight")[1],
+        "latent_channels": find_shape(tensors, "decoder.conv_in.weight", 4)[1],
         "codebook_dim": codebook_dim,
         "quantizer": "gumbel" if is_gumbel else "nearest",
     }

@@ -1,4 +1,4 @@
-"""Image attention of DALL-E's reimplementations, whose windows stop at the borders of the grid.
+"""Image attention of DALL-E's reimplementations, whose windows stop at the borders of the grid, or go round it.
 
 Pure functions of the type, the grid and the kernel, with where a cache keeps what later states see. The paper's types,
 which are the same for every state and wrap from row to row, live in `image_attention.py`.
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 
-BORDERED_TYPES = ("axial_row", "conv_like", "conv_bordered")
+BORDERED_TYPES = ("axial_row", "conv_like", "conv_bordered", "conv_wrapped")
 
 
 @cache
@@ -22,7 +22,8 @@ def bordered_window(attention_type: str, grid_size: int, kernel_size: int) -> tu
         attention_type (`str`): one of
             - `"axial_row"`: the cells to the left in its own row (DALLE-pytorch);
             - `"conv_like"`: the `kernel_size` x `kernel_size` window whose last cell it is (DALLE-pytorch);
-            - `"conv_bordered"`: those of the window centred on it that come before it (ruDALL-E).
+            - `"conv_bordered"`: those of the window centred on it that come before it (ruDALL-E's v3 form, and
+              DALLE-pytorch before 1.5 where it says conv_like).
         grid_size (`int`): side of the square grid of image tokens.
         kernel_size (`int`): odd side of the window; `"axial_row"` ignores it.
 
@@ -37,7 +38,7 @@ def bordered_window(attention_type: str, grid_size: int, kernel_size: int) -> tu
         reach = kernel_size // 2
         window = [(up, left) for up in range(reach + 1) for left in range(-reach, reach + 1) if up or left >= 0]
     else:
-        raise ValueError(f"Unknown attention type {attention_type!r}. The valid ones are {', '.join(BORDERED_TYPES)}.")
+        raise ValueError(f"Unknown attention type {attention_type!r}: it has no window that ends at the borders.")
     inside = [(up, left) for up, left in window if up < grid_size and abs(left) < grid_size]
     return tuple(sorted(inside, key=lambda step: step[0] * grid_size + step[1]))
 
@@ -48,7 +49,10 @@ def bordered_attention_mask(attention_type: str, grid_size: int, kernel_size: in
     The mask among image cells: row i, column j is `True` where cell i sees cell j.
 
     Args:
-        attention_type, grid_size, kernel_size: as for [`bordered_window`].
+        attention_type (`str`):
+            As for [`bordered_window`], or `"conv_wrapped"`: those of the window centred on a cell that come before it,
+            where a window that leaves the grid goes on at the opposite border (ruDALL-E's v2 form).
+        grid_size, kernel_size: as for [`bordered_window`].
 
     Returns:
         `torch.Tensor`: bool, N x N with N = grid_size ** 2. It is shared by all callers: do not write into it.
@@ -56,6 +60,10 @@ def bordered_attention_mask(attention_type: str, grid_size: int, kernel_size: in
     with torch.inference_mode(False):
         cells = torch.arange(grid_size**2)
         rows, columns = cells // grid_size, cells % grid_size
+        if attention_type == "conv_wrapped":
+            reach = kernel_size // 2
+            near = [(place[:, None] - place + reach) % grid_size <= 2 * reach for place in (rows, columns)]
+            return (near[0] & near[1]).tril()
         mask = torch.zeros(grid_size**2, grid_size**2, dtype=torch.bool)
         for up, left in bordered_window(attention_type, grid_size, kernel_size):
             is_inside = (rows >= up) & (columns >= left) & (columns - left < grid_size)
@@ -73,7 +81,7 @@ class BorderedLayout(NamedTuple):
     Args:
         num_rings (`int`): 1.
         ring_length (`int`): how many states are kept.
-        attention_type, grid_size, kernel_size: as for [`bordered_window`].
+        attention_type, grid_size, kernel_size: as for [`bordered_attention_mask`].
     """
 
     num_rings: int
@@ -106,7 +114,9 @@ class BorderedLayout(NamedTuple):
 
 
 def bordered_layout(attention_type: str, grid_size: int, kernel_size: int) -> BorderedLayout:
-    """The [`BorderedLayout`] of an attention type; arguments as for [`bordered_window`]."""
+    """The [`BorderedLayout`] of an attention type; arguments as for [`bordered_attention_mask`]."""
+    if attention_type == "conv_wrapped":  # the last row sees the first
+        return BorderedLayout(1, grid_size**2, attention_type, grid_size, kernel_size)
     up, left = bordered_window(attention_type, grid_size, kernel_size)[-1]
     return BorderedLayout(1, up * grid_size + left + 1, attention_type, grid_size, kernel_size)
 

@@ -98,7 +98,7 @@ def _layouts(config) -> list[RingLayout | BorderedLayout]:
 
 
 def _count_bytes(config, slots: Sequence[int], num_prompts: int, num_images: int, dtype: torch.dtype) -> int:
-    num_states = len(slots) * config.num_text_states * num_prompts + sum(slots) * num_images
+    num_states = len(slots) * config.num_shared_states * num_prompts + sum(slots) * num_images
     return 2 * num_states * config.num_attention_heads * config.head_dim * dtype.itemsize
 
 
@@ -118,7 +118,7 @@ class DalleCache(Cache):
 
     def __init__(self, config, num_images_per_prompt: int = 1):
         self.sizes = _describe_sizes(config)
-        text_length = config.num_text_states
+        text_length = config.num_shared_states
         super().__init__(layers=[DalleCacheLayer(layout, text_length) for layout in _layouts(config)])
         self.num_images_per_prompt = num_images_per_prompt
 
@@ -222,7 +222,7 @@ def check_cache(past_key_values: Cache, config, num_rows: int) -> None:
 
 def _describe_sizes(config) -> dict:
     names = ("image_grid_size", "conv_kernel_size", "hidden_size", "num_attention_heads", "head_dim")
-    sizes = {"text_length": config.num_text_states, **{name: getattr(config, name) for name in names}}
+    sizes = {"text_length": config.num_shared_states, **{name: getattr(config, name) for name in names}}
     return {**sizes, "attention_types": list(config.attention_types)}
 
 

@@ -186,6 +186,11 @@ class DallePriorConfig(PreTrainedConfig):
         return self.text_length
 
     @property
+    def num_shared_states(self) -> int:
+        """Number of text states that all later states see: all of them."""
+        return self.num_text_states
+
+    @property
     def num_image_tokens(self) -> int:
         """Number of image tokens, and of image states."""
         return self.image_grid_size**2

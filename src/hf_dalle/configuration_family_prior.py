@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 
-FAMILY_ATTENTION_TYPES = ("full", "row", "column", "axial_row", "conv_like", "conv_bordered")
+FAMILY_ATTENTION_TYPES = ("full", "row", "column", "axial_row", "conv_like", "conv_bordered", "conv_wrapped")
 
 
 @strict
@@ -39,9 +39,13 @@ class DalleFamilyPriorConfig(PreTrainedConfig):
         image_vocab_size (`int`): number of codes of the image tokenizer.
         image_grid_size (`int`): side of the square grid of image tokens.
         attention_types (`list[str]`, *optional*):
-            One of `"full"`, `"row"`, `"column"` (as in `image_attention.py`), `"axial_row"`, `"conv_like"` and
-            `"conv_bordered"` (as in `bordered_attention.py`) for each layer; `None` means `"full"` in all.
+            One of `"full"`, `"row"`, `"column"` (as in `image_attention.py`), `"axial_row"`, `"conv_like"`,
+            `"conv_bordered"` and `"conv_wrapped"` (as in `bordered_attention.py`) for each layer; `None` means
+            `"full"` in all.
         conv_kernel_size (`int`, *optional*, defaults to 11): odd side of the window of the conv layers.
+        use_early_masks (`bool`, *optional*, defaults to `False`):
+            Whether the masks of the image begin at the last text state, as in ruDALL-E's v2 form: it is masked as the
+            first cell, and cell k as cell k + 1.
         use_rotary_embedding (`bool`, *optional*, defaults to `False`):
             Whether positions are rotations of queries, keys and values (`grid_rotary.py`) and not learned.
         use_token_shift (`bool`, *optional*, defaults to `False`): whether states mix with earlier ones before each
@@ -55,7 +59,8 @@ class DalleFamilyPriorConfig(PreTrainedConfig):
         initializer_range (`float`, *optional*, defaults to 0.02): standard deviation of initial weights.
         text_loss_weight (`float`, *optional*, defaults to 0.125): weight of the text loss; the image has the rest.
         caption_dropout (`float`, *optional*, defaults to 0.0):
-            The share of captions that training dropped, where it is known: guidance and the empty prompt need it.
+            The share of captions that training dropped, which guidance and the empty prompt need; `None` where nothing
+            says it and the original program draws with both.
         use_cache (`bool`, *optional*, defaults to `True`): whether the model returns keys and values.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`): whether the head shares the token embedding.
         bos_token_id (`int`, *optional*): start-of-text where the tokenizer puts it first.
@@ -83,6 +88,7 @@ class DalleFamilyPriorConfig(PreTrainedConfig):
     image_grid_size: int = 32
     attention_types: list[str] | None = None
     conv_kernel_size: int = 11
+    use_early_masks: bool = False
     use_rotary_embedding: bool = False
     use_token_shift: bool = False
     use_sandwich_norm: bool = False
@@ -92,7 +98,7 @@ class DalleFamilyPriorConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     text_loss_weight: float | int = 1 / 8
-    caption_dropout: float | int = 0.0
+    caption_dropout: float | int | None = 0.0
     use_cache: bool = True
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
@@ -149,6 +155,11 @@ class DalleFamilyPriorConfig(PreTrainedConfig):
     def num_text_states(self) -> int:
         """Number of text states, a start-of-text that the prior puts first included."""
         return self.text_length + (self.start_token_id is not None)
+
+    @property
+    def num_shared_states(self) -> int:
+        """Number of text states that all later states see; with `use_early_masks` the last one is masked as a cell."""
+        return self.num_text_states - self.use_early_masks
 
     @property
     def num_image_tokens(self) -> int:

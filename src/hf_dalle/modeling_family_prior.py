@@ -31,18 +31,18 @@ from .token_shift import DalleShiftCache, ShiftedCells, shift_tokens
 @cache_constants
 def family_attention_mask(
     attention_type: str,
-    num_text_states: int,
+    num_shared_states: int,
     grid_size: int,
     kernel_size: int,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """
     The mask among all states of the stream, text first: text attends causally to text, a cell to all of the text and
-    to those cells that its attention type says.
+    to those cells that its attention type says. With `use_early_masks` the last text state counts as the first cell.
 
     Args:
         attention_type (`str`): as `DalleFamilyPriorConfig.attention_types` names them.
-        num_text_states (`int`): T, start-of-text included.
+        num_shared_states (`int`): T, the config's.
         grid_size, kernel_size (`int`): as for [`bordered_window`].
         device (`torch.device`): where the mask is to be.
 
@@ -51,8 +51,8 @@ def family_attention_mask(
     """
     with torch.inference_mode(False):
         among_cells = bordered_attention_mask if attention_type in BORDERED_TYPES else image_attention_mask
-        mask = torch.ones(num_text_states + grid_size**2, num_text_states + grid_size**2, dtype=torch.bool).tril()
-        mask[num_text_states:, num_text_states:] = among_cells(attention_type, grid_size, kernel_size)
+        mask = torch.ones(num_shared_states + grid_size**2, num_shared_states + grid_size**2, dtype=torch.bool).tril()
+        mask[num_shared_states:, num_shared_states:] = among_cells(attention_type, grid_size, kernel_size)
         return mask.to(device)
 
 
@@ -277,7 +277,7 @@ class DalleFamilyPriorModel(DalleFamilyPriorPreTrainedModel):
     def _attention_masks(self, positions: torch.Tensor) -> list[torch.Tensor]:
         """For each layer bool, 1 x 1 x states x all states so far."""
         config = self.config
-        sizes = (config.num_text_states, config.image_grid_size, config.conv_kernel_size, positions.device)
+        sizes = (config.num_shared_states, config.image_grid_size, config.conv_kernel_size, positions.device)
         rows = slice(int(positions[0]), int(positions[-1]) + 1)
         return [family_attention_mask(kind, *sizes)[None, None, rows, : rows.stop] for kind in config.attention_types]
 

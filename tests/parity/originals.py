@@ -26,13 +26,22 @@ def find_python() -> str | None:
     return found if Path(found).is_file() else None
 
 
-def run_original(script: str, folder: Path, **options) -> Path:
+def find_older(version: str) -> str:
+    """The folder of another dalle-pytorch beside that interpreter; skips the test where there is none."""
+    folder = Path(find_python() or "").parents[1] / f"dalle-pytorch-{version}" if find_python() else None
+    if folder is None or not folder.is_dir():
+        pytest.skip(f"dalle-pytorch {version} is not installed beside the originals: run `make test-parity`")
+    return str(folder)
+
+
+def run_original(script: str, folder: Path, *packages: str, **options) -> Path:
     """
     Runs a script, or skips the test where the environment is missing.
 
     Args:
         script (`str`): name of a file in `scripts/`, without its suffix.
         folder (`Path`): where it writes; made if it is not there.
+        packages (`str`): folders of packages in place of those that are installed.
         options: what the script gets, as JSON.
 
     Returns:
@@ -43,7 +52,8 @@ def run_original(script: str, folder: Path, **options) -> Path:
         pytest.skip(f"the originals are not installed: run `make test-parity`, or set {VARIABLE} to their interpreter")
     folder.mkdir(parents=True, exist_ok=True)
     here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": str(here / "shims"), "PYTHONDONTWRITEBYTECODE": "1"}
+    path = os.pathsep.join(map(str, (*packages, here / "shims", ROOT, ROOT / "src")))
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
     command = [python, str(here / "scripts" / f"{script}.py"), str(folder), json.dumps(options)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=MAX_SECONDS)
     assert done.returncode == 0, f"{script} failed in the originals' environment:\n{done.stdout}\n{done.stderr}"

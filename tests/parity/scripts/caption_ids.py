@@ -1,4 +1,4 @@
-"""Run where dalle-pytorch is installed: the files of its four caption tokenizers, and the ids that they give.
+"""Run where the originals are installed: the files of their caption tokenizers, and the ids that they give.
 
 Usage: FOLDER CAPTIONS, as JSON {"captions": [...]}.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 import originals_setup  # noqa: F401
 import youtokentome
 from dalle_pytorch import tokenizer as originals
+from rudalle.tokenizer import YTTMTokenizerWrapper
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import BertTokenizer
 
@@ -54,8 +55,16 @@ def make_youtokentome(folder, captions):
     return [ids.tolist() for ids in originals.YttmTokenizer(file).encode(captions)]
 
 
+def make_rudalle(folder, captions):
+    make_youtokentome(folder, captions)
+    original = YTTMTokenizerWrapper(youtokentome.BPE(model=str(folder / "bpe.model")))
+    # What its pipelines.generate_images does to a caption, at the length of the published priors.
+    return [original.encode_text(caption.lower().strip(), 128).tolist() for caption in captions]
+
+
 def main(folder, captions):
     makers = {"clip": make_clip, "json": make_json, "bert": make_bert, "youtokentome": make_youtokentome}
+    makers["rudalle"] = make_rudalle
     for name, make in makers.items():
         (folder / name).mkdir()
         ids = make(folder / name, captions)

@@ -1,20 +1,25 @@
 """Run where dalle-pytorch is installed: one random checkpoint a case as train_dalle.py saves it, and what it computes.
 
+Of whichever version is first on the path.
 Usage: FOLDER CASES, the cases as JSON: {name: {"dalle": {...}, "vae": {...}, "vae_class": name}}.
 """
 
+import inspect
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import originals_setup  # noqa: F401
 import torch
 from dall_e import Decoder, Encoder
 from dalle_pytorch import DALLE, DiscreteVAE, OpenAIDiscreteVAE, VQGanVAE
-from dalle_pytorch.version import __version__
 from safetensors.torch import save_file
 from taming.models.vqgan import GumbelVQ, VQModel
 from torch import nn
+
+
+VERSION = version("dalle-pytorch")
 
 
 def build_vae(case):
@@ -45,7 +50,8 @@ def build_vae(case):
 def build(case):
     torch.manual_seed(0)
     vae = build_vae(case)
-    dalle = DALLE(vae=vae, **case["dalle"]).eval()
+    known = inspect.signature(DALLE).parameters
+    dalle = DALLE(vae=vae, **{name: value for name, value in case["dalle"].items() if name in known}).eval()
     with torch.no_grad():
         for name, parameter in dalle.named_parameters():
             if name.startswith("vae."):
@@ -63,28 +69,33 @@ def build(case):
 def save_checkpoint(case, vae, dalle, path):
     hparams = {"text_seq_len": 256, "heads": 8, "dim_head": 64, "loss_img_weight": 7, **case["dalle"]}
     hparams.pop("sandwich_norm", None)  # train_dalle.py does not write it
+    hparams = {name: value for name, value in hparams.items() if name in inspect.signature(DALLE).parameters}
     if hparams.get("attn_types") is not None:
         hparams["attn_types"] = tuple(hparams["attn_types"])
-    torch.save(
-        {
-            "hparams": hparams,
-            "vae_params": case["vae"] if isinstance(vae, DiscreteVAE) else None,
-            "epoch": 3,
-            "version": __version__,
-            "vae_class_name": type(vae).__name__,
-            "weights": dalle.state_dict(),
-            "opt_state": torch.optim.Adam(dalle.parameters()).state_dict(),
-            "scheduler_state": None,
-        },
-        path,
-    )
+    content = {
+        "hparams": hparams,
+        "vae_params": case["vae"] if isinstance(vae, DiscreteVAE) else None,
+        "epoch": 3,
+        "version": VERSION,
+        "vae_class_name": type(vae).__name__,
+        "weights": dalle.state_dict(),
+        "opt_state": torch.optim.Adam(dalle.parameters()).state_dict(),
+        "scheduler_state": None,
+    }
+    if tuple(map(int, VERSION.split("."))) < (1, 1, 6):  # they wrote neither
+        for name in ("version", "vae_class_name"):
+            content.pop(name)
+    torch.save(content, path)
 
 
 def draw_greedily(dalle, text, cond_scale):
     image = torch.empty(len(text), 0, dtype=torch.long)
     for _ in range(dalle.image_seq_len):
-        # Uncached, and a copy of the text, which guidance zeroes in place.
-        logits = dalle.forward_with_cond_scale(text.clone(), image, cond_scale=cond_scale)[:, -1]
+        # Uncached, and a copy of the text, which guidance zeroes in place; versions before 1.2 have no guidance.
+        if cond_scale == 1:
+            logits = dalle(text.clone(), image)[:, -1]
+        else:
+            logits = dalle.forward_with_cond_scale(text.clone(), image, cond_scale=cond_scale)[:, -1]
         image = torch.cat([image, logits[:, dalle.num_text_tokens :].argmax(dim=1)[:, None]], dim=1)
     return image
 
@@ -100,13 +111,14 @@ def compute(dalle):
     pixels = dalle.vae.decode(image)
     if isinstance(dalle.vae, DiscreteVAE):  # it normalises what goes in, and leaves what comes out as it is
         pixels = (0.5 * pixels + 0.5).clamp(0, 1)
+    guided = {"guided": draw_greedily(dalle, text, 3.0)} if hasattr(dalle, "forward_with_cond_scale") else {}
     return {
         "text": text,
         "image": image,
         "logits": dalle(text.clone(), image),
         "loss": dalle(text.clone(), image, return_loss=True),
         "greedy": draw_greedily(dalle, text, 1.0),
-        "guided": draw_greedily(dalle, text, 3.0),
+        **guided,
         "pixels": pixels,
     }
 

@@ -5,7 +5,6 @@ Usage: FOLDER OPTIONS, as JSON {"clone": path, "captions": [...], "cases": {name
 
 import json
 import sys
-import types
 from pathlib import Path
 
 import originals_setup
@@ -17,12 +16,7 @@ from tokenizers import CharBPETokenizer
 
 
 def import_original(clone):
-    sys.path.insert(0, clone)
-    # Dataclasses with defaults that Python 3.11 refuses; config.yaml here says everything.
-    config = types.ModuleType("dalle.utils.config")
-    config.get_base_config = None
-    # What it imports for reranking and for training.
-    sys.modules.update({"dalle.utils.config": config, "clip": originals_setup.Stub("clip")})
+    originals_setup.add_mindalle(clone)
     from dalle.models.stage1.vqgan import VQGAN
     from dalle.models.stage2.transformer import Transformer1d
     from dalle.models.tokenizer import build_tokenizer

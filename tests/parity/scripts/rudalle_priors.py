@@ -1,6 +1,7 @@
 """Run where rudalle is installed: a random checkpoint a case in the files of the published ones, and what it computes.
 
-Usage: FOLDER OPTIONS, as JSON {"captions": [...], "cases": {name: {"model": {...}, "ddconfig": {...}, ...}}}.
+With models.json, the sizes and forms of the published ones as its code has them.
+Usage: FOLDER OPTIONS, JSON {"captions": [...], "cases": {name: {"model": {...}, "vqgan": {...}, "has_masks": ...}}}.
 """
 
 import json
@@ -11,6 +12,7 @@ import originals_setup  # noqa: F401
 import torch
 import youtokentome
 from omegaconf import OmegaConf
+from rudalle.dalle import MODELS
 from rudalle.dalle.model import DalleModel
 from rudalle.tokenizer import YTTMTokenizerWrapper
 from rudalle.vae.model import VQGanGumbelVAE
@@ -54,7 +56,7 @@ def save_case(case, captions, place):
     weights = model.state_dict()
     if not case["has_masks"]:
         weights = {name: tensor for name, tensor in weights.items() if not name.endswith("_mask")}
-    torch.save(weights, place / "pytorch_model_v3.bin")
+    torch.save(weights, place / "pytorch_model.bin")
     torch.save({"state_dict": vae.model.state_dict()}, place / "vqgan.gumbelf8-sber.model.ckpt")
     # What its pipelines.generate_images does to a caption.
     ids = [tokenizer.encode_text(caption.lower().strip(), text_length) for caption in captions]
@@ -67,6 +69,7 @@ def save_case(case, captions, place):
             "text": text,
             "image": image,
             "logits": model(torch.cat([text, image], dim=1), mask)[0],
+            "loss": model(torch.cat([text, image], dim=1), mask, return_loss=True)[0],
             "greedy": draw_greedily(model, text, mask),
             "pixels": vae.decode(image),
         }
@@ -74,6 +77,8 @@ def save_case(case, captions, place):
 
 
 def main(folder, captions, cases):
+    models = {name: {"form": model["hf_version"], **model["model_params"]} for name, model in MODELS.items()}
+    (folder / "models.json").write_text(json.dumps(models))
     for name, case in cases.items():
         (folder / name).mkdir()
         save_case(case, captions, folder / name)

@@ -44,6 +44,16 @@ def instantiate_from_config(config):
     return nn.Module()
 
 
+def add_mindalle(clone):
+    """Makes `dalle.models` of a clone of minDALL-E importable."""
+    sys.path.insert(0, clone)
+    # Dataclasses with defaults that Python 3.11 refuses; config.yaml says everything in the tests.
+    config = types.ModuleType("dalle.utils.config")
+    config.get_base_config = None
+    # What it imports for reranking and for training.
+    sys.modules.update({"dalle.utils.config": config, "clip": Stub("clip")})
+
+
 def install():
     huggingface_hub.cached_download = None
     transformers.top_k_top_p_filtering = None

@@ -1,6 +1,6 @@
 """Captions that tokenizers stumble over: scripts, cases, digits, emoji, spaces, entities, quotes, long, empty.
 
-With some hundred random mixtures of them, always the same.
+With some hundred random mixtures of them, always the same. `--verify` and tests/parity compare their ids.
 """
 
 import random
