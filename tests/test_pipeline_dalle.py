@@ -303,8 +303,10 @@ def test_the_reranker_puts_each_prompts_best_first(pipe):
     for prompt, rows in ((CAPTIONS[0], slice(0, 5)), (CAPTIONS[1], slice(5, 10))):
         drawn = [np.asarray(picture).tolist() for picture in pictures[rows]]
         orders.append([drawn.index(np.asarray(picture).tolist()) for picture in output.images[rows]])
-        scores = output.scores[rows]
-        assert torch.equal(scores, scores.sort(descending=True).values) and scores[0] > scores[-1]
+        scores, num_safe = output.scores[rows], output.nsfw_content_detected[rows].count(False)
+        assert output.nsfw_content_detected[rows] == [False] * num_safe + [True] * (5 - num_safe)  # flagged come last
+        assert torch.equal(scores[:num_safe], scores[:num_safe].sort(descending=True).values)
+        assert scores[0] > scores[num_safe - 1]
         alone = [
             score_images(reranked.reranker, reranked.reranker_processor, prompt, [picture])
             for picture in output.images[rows]

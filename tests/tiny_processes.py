@@ -37,10 +37,15 @@ def run_script(argv: list[str]) -> None:
     runpy.run_path(argv[0], run_name="__main__")
 
 
-def fork(function, *args, output: Path, environment: dict[str, str] | None = None) -> multiprocessing.Process:
-    """Starts `function(*args)` of a test module; `exitcode` is the signal's number, negative, where one ended it."""
+def fork(
+    function, *args, output: Path, environment: dict[str, str] | None = None, preload: str = "train"
+) -> multiprocessing.Process:
+    """
+    Starts `function(*args)` of a test module; `exitcode` is the signal's number, negative, where one ended it. What
+    the first call says to `preload` is imported once for all.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
+    context.set_forkserver_preload([preload])
     rooms = [str(ROOT / room) for room in ("src", "training", "tests")]
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([*rooms, *([before] if before else [])])  # the server's, read once

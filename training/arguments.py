@@ -254,7 +254,39 @@ class PriorArguments(TrainArguments):
             raise ValueError("One of `validation_prompts` is empty, which needs a `caption_dropout` above 0.")
 
 
-STAGES = {"dvae": DVAEArguments, "prior": PriorArguments}
+@dataclass
+class RerankerArguments(TrainArguments):
+    """The contrastive model that candidates are ranked by (paper, section 2.6); defaults are CLIP's."""
+
+    tokenizer: str = field(default="", metadata={"help": "Folder of the captions' tokenizer, the prior's."})
+    dvae: str | None = field(default=None, metadata={"help": "Folder of the dVAE whose reconstructions are seen too."})
+    reconstruction_share: float = field(
+        default=0.5, metadata={"help": "With `dvae`: of the training pictures so many pass through it."}
+    )
+    negatives_column: str | None = field(
+        default=None, metadata={"help": "Rows equal here are no negatives of each other; none: those of one caption."}
+    )
+    caption_word_dropout: float = field(
+        default=0.0, metadata={"help": "Up to this share of a caption's words is left out; the share varies."}
+    )
+    learning_rate: float = 5e-4
+    adam_beta2: float = 0.98
+    adam_epsilon: float = 1e-6
+    adam_weight_decay: float = 0.2
+    use_no_decay_groups: bool = True
+    num_validation_images: int = field(default=8, metadata={"help": "Captions in the grid of pictures found."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.tokenizer:
+            raise ValueError("`tokenizer` is missing: name the folder of the tokenizer that the prior has.")
+        if self.push_to_hub:
+            raise ValueError("A reranker goes to the Hub in its pipeline: see add_reranker.py, and leave out this.")
+        if self.negatives_column is not None and self.streaming:
+            raise ValueError("`negatives_column` needs rows by number: leave out `streaming`.")
+
+
+STAGES = {"dvae": DVAEArguments, "prior": PriorArguments, "reranker": RerankerArguments}
 
 _RANGES = [
     (
@@ -272,14 +304,8 @@ _RANGES = [
         lambda value: value >= 0,
         "from 0",
         (
-            *(
-                "learning_rate",
-                "muon_learning_rate",
-                "lr_warmup_steps",
-                "adam_weight_decay",
-                "seed",
-                "dataloader_num_workers",
-            ),
+            *("learning_rate", "muon_learning_rate", "lr_warmup_steps", "adam_weight_decay", "seed"),
+            "dataloader_num_workers",
             *("temperature_anneal_steps", "kl_weight", "kl_weight_warmup_steps", "encoder_lr_ratio"),
             *("pixel_l1_weight", "pixel_l2_weight", "power_sgd_rank"),
         ),
@@ -300,7 +326,11 @@ _RANGES = [
             *("lora_dropout", "codebook_revival_share", "lr_plateau_threshold"),
         ),
     ),
-    (lambda value: 0 <= value <= 1, "in [0, 1]", ("lr_min_ratio", "image_token_dropout", "max_skipped_share")),
+    (
+        lambda value: 0 <= value <= 1,
+        "in [0, 1]",
+        ("lr_min_ratio", "image_token_dropout", "max_skipped_share", "reconstruction_share"),
+    ),
 ]
 
 
@@ -327,14 +357,18 @@ def parse_arguments(argv: list[str], kind: type | None = None, script: str = "tr
         if str(stage) not in STAGES:
             raise ValueError(f"{argv[0]} says `stage: {stage}`; expected one of {', '.join(STAGES)}.")
         kind = STAGES[stage]
-    kinds = get_type_hints(kind)
     options = _read_options(argv[1:])
     if options.keys() & {"help", "h"}:
         print(usage, *_describe(kind), sep="\n")
         raise SystemExit
-    check_names(values, kinds, argv[0])
-    check_names(options, kinds, "The command line")
-    values = {**values, **options}
+    check_names(options, get_type_hints(kind), "The command line")
+    return build_settings(kind, {**values, **options}, argv[0])
+
+
+def build_settings(kind: type, values: dict, where: str) -> Any:
+    """The dataclass `kind` of `values`, each as its field's type; names and values are checked, `where` is named."""
+    kinds = get_type_hints(kind)
+    check_names(values, kinds, where)
     return kind(**{name: _convert(name, kinds[name], value) for name, value in values.items()})
 
 

@@ -78,7 +78,7 @@ def measure_copies(
         train (`datasets.Dataset`): the training split.
         fold (`list[int]`): its rows that trained nothing.
         sample (`list[int]`): its rows that the threshold is set by.
-        splits, made (`dict`): by name what `evaluate.py` read and what the checkpoint made of it.
+        splits, made (`dict`): by name what `evaluate_concepts.py` read and what the checkpoint made of it.
         batch_size (`int`): pictures reconstructed at a time.
 
     Returns:

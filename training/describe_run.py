@@ -10,7 +10,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from arguments import STAGES, TrainArguments
+from arguments import STAGES, TrainArguments, read_yaml
 from safetensors import safe_open
 
 from hf_dalle.hub import publish_settings
@@ -90,16 +90,38 @@ def describe_run(settings: dict, metrics: Path, num_processes: int = 1) -> dict:
     }
 
 
+def describe_stage(stage: str, config: Path, run: Path | None, where: str, num_processes: int = 1) -> dict:
+    """
+    One stage of a report's `"training"` from its YAML file, and where `run` is given, from what it left there.
+
+    Args:
+        stage (`str`): what the file must be of.
+        config, run (`Path`): the settings, and the `output_dir`.
+        where (`str`): for the error, the name of the setting that gives `config`.
+        num_processes (`int`, *optional*, defaults to 1): how many trained together.
+
+    Raises:
+        OSError: if a file is missing.
+        ValueError: if it is of another stage.
+    """
+    settings = read_yaml(config)
+    if settings.get("stage") != stage:
+        raise ValueError(f"{where} is {config}, which says `stage: {settings.get('stage')}`.")
+    if run is None:
+        return {"settings": publish_settings(settings)}
+    return describe_run(settings, run / "metrics.jsonl", num_processes)
+
+
 def describe_model(folder: Path) -> dict:
     """
     Configurations, parameters and bytes of a saved pipeline, or of a dVAE alone; what is not there is left out.
 
     Parameters are counted once, however many variants and shards hold them. The codes of a nearest-neighbour codebook
     count, though no gradient changes them: decoding needs them. Their moving averages serve training alone and do not.
-    The bytes are those of every file of weights, each variant's too, and of the tokenizer.
+    The bytes are those of every file of weights, each variant's too, and of the tokenizers.
     """
     model = {"num_parameters": {}}
-    for part in ("prior", "dvae"):
+    for part in ("prior", "dvae", "reranker"):
         path = folder / part / "config.json"
         if part == "dvae" and not (folder / "model_index.json").is_file():
             path = folder / "config.json"
@@ -110,7 +132,7 @@ def describe_model(folder: Path) -> dict:
     if path.is_file():
         generation = json.loads(path.read_text(encoding="utf-8"))
         model["generation"] = {name: generation[name] for name in GENERATION_DEFAULTS if name in generation}
-    parts = [folder, *(folder / part for part in ("prior", "dvae", "tokenizer"))]
+    parts = [folder, *(folder / part for part in ("prior", "dvae", "tokenizer", "reranker", "reranker_processor"))]
     files = {path for part in parts for name in ("*.safetensors", "tokenizer*.json") for path in part.glob(name)}
     model["size_in_bytes"] = sum(path.stat().st_size for path in files)
     return model

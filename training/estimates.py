@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
-from arguments import DVAEArguments, PriorArguments, TrainArguments
+from arguments import DVAEArguments, PriorArguments, RerankerArguments, TrainArguments
 from finetune_prior import add_adapter
 from optimizers import make_gradient_scaler, make_optimizers, split_matrices
-from transformers import AutoTokenizer
+from train_reranker import make_config
+from transformers import AutoTokenizer, CLIPModel
 
 from hf_dalle import DalleDVAE, DallePriorConfig, DallePriorForCausalLM
 from hf_dalle.data import load_rows
-from hf_dalle.losses import dvae_loss, pixel_loss
+from hf_dalle.losses import contrastive_loss, dvae_loss, pixel_loss
 from hf_dalle.power_sgd import choose_rank, count_bytes, list_compressible
 from hf_dalle.training_cost import (
     all_gather_bytes,
@@ -92,8 +93,8 @@ def trace(args: TrainArguments) -> Traced:
     Raises:
         ValueError: for settings that make no model.
     """
-    trace_stage = _trace_dvae if isinstance(args, DVAEArguments) else _trace_prior
-    return trace_stage(args)
+    stages = {DVAEArguments: _trace_dvae, PriorArguments: _trace_prior, RerankerArguments: _trace_reranker}
+    return stages[type(args)](args)
 
 
 def _count(args: TrainArguments, model: torch.nn.Module, layers: list, compute_loss: Callable) -> int:
@@ -159,6 +160,46 @@ def _trace_prior(args: PriorArguments) -> Traced:
         notes.append("The dVAE encodes each batch; what that needs for a moment is not counted.")
     tokens = {"text": config.text_length, "image": config.num_image_tokens}
     return Traced(model, activations, flops, tokens, groups, frozen, notes)
+
+
+def _trace_reranker(args: RerankerArguments) -> Traced:
+    notes, dvae, image_size = [], None, None
+    if args.dvae is not None and Path(args.dvae, "config.json").is_file():
+        loaded = DalleDVAE.load_config(args.dvae)
+        with without_values():
+            dvae = build_dvae({name: value for name, value in loaded.items() if not name.startswith("_")})
+        image_size = dvae.config.sample_size
+    elif args.dvae is not None:
+        notes.append(
+            f"There is no dVAE in {args.dvae} yet: pictures are of `model`'s size, and none is reconstructed."
+        )
+    if not Path(args.tokenizer, "tokenizer.json").is_file():
+        raise ValueError(f"There is no tokenizer in {args.tokenizer} yet, which says how many embeddings there are.")
+    config = make_config(args.model, AutoTokenizer.from_pretrained(args.tokenizer), image_size)
+    size, text_length = config.vision_config.image_size, config.text_config.max_position_embeddings
+    with without_values():
+        model = CLIPModel(config).train()
+        pixels = torch.rand(args.train_batch_size, 3, size, size)
+        ids = torch.full((args.train_batch_size, text_length), config.text_config.eos_token_id)
+
+        def compute_loss() -> torch.Tensor:
+            output = model(pixel_values=pixels, input_ids=ids)
+            groups = torch.arange(args.train_batch_size)
+            return contrastive_loss(
+                output.image_embeds.float(), output.text_embeds.float(), model.logit_scale.exp(), groups
+            )
+
+        layers = [*model.vision_model.encoder.layers, *model.text_model.encoder.layers]
+        activations, frozen = _count(args, model, layers, compute_loss), {}
+        with torch.no_grad():
+            flops = 3 * trace_flops(lambda: model(pixel_values=pixels[:1], input_ids=ids[:1]))
+        if dvae is not None:
+            frozen["dVAE"] = sum(weight.nbytes for weight in (*dvae.parameters(), *dvae.buffers()))
+            with torch.no_grad():
+                flops += int(args.reconstruction_share * trace_flops(lambda: dvae(pixels[:1])))
+            notes.append("What the dVAE needs for a moment to reconstruct pictures is not counted.")
+    groups = [{"params": list(model.parameters())}]
+    return Traced(model, activations, flops, {"text": text_length}, groups, frozen, notes)
 
 
 def _build_prior(config: DallePriorConfig, args: PriorArguments) -> DallePriorForCausalLM:

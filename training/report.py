@@ -1,4 +1,4 @@
-"""Writes what `evaluate.py` measured: report.json, report.md for a reader, and the grids and curves as PNG files.
+"""Writes what `evaluate_concepts.py` measured: report.json, report.md for a reader, grids and curves as PNG files.
 
 A grid above `MAX_BYTES` is written in fewer colours. Nothing is measured here, and a model's card is made by
 `render_card.py`.
@@ -24,6 +24,7 @@ ROWS = {"real": "real pictures", "reconstructions": "their reconstructions", "dr
 CURVES = {
     "dvae": {"loss": ["loss"], "PSNR, dB": ["validation_psnr"], "perplexity": ["train_perplexity"]},
     "prior": {"loss": ["loss", "validation_loss"], "image loss, nats": ["image_loss", "validation_image_loss"]},
+    "reranker": {"loss": ["loss"], "recall@5": ["validation_recall@5", "validation_reconstruction_recall@5"]},
 }
 
 HOW_JUDGED = """\
@@ -54,7 +55,7 @@ def write_report(
 
     Args:
         folder (`Path`): where to.
-        report (`dict`): of `evaluate.py`; gets `"pictures"`.
+        report (`dict`): of `evaluate_concepts.py`; gets `"pictures"`.
         splits, made, pairs (`dict`): by split, what was read, what the checkpoint made of it, and
             drawn pictures with the nearest training picture.
         samples (`torch.Tensor`): n pictures a caption of `report["samples"]`, B * n x 3 x H x W in [0, 1].

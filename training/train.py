@@ -1,7 +1,7 @@
 """The one entry to training: `accelerate launch training/train.py CONFIG.yaml [--option value ...]`.
 
-The YAML names the stage, "dvae" or "prior". What a stage computes lives in the file of its name, the loop in
-`loop.py`.
+The YAML names the stage, "dvae", "prior" or "reranker". What a stage computes lives in the file of its name, the loop
+in `loop.py`.
 """
 
 import logging
@@ -16,10 +16,11 @@ import render_card
 import torch
 import train_dvae
 import train_prior
+import train_reranker
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradScalerKwargs, InitProcessGroupKwargs, ProjectConfiguration, set_seed
-from arguments import DVAEArguments, TrainArguments, parse_arguments
+from arguments import DVAEArguments, PriorArguments, RerankerArguments, TrainArguments, parse_arguments
 from describe_run import describe_training
 from interruptions import Stopped
 from reporting import tracker_options
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> None:
     if is_pushing:
         check_token(name, args.hub_token)
     set_seed(args.seed, device_specific=True)
-    stage = train_dvae.DVAEStage(args) if isinstance(args, DVAEArguments) else train_prior.PriorStage(args)
+    stage = _make_stage(args)
     if is_pushing:  # a refusal must not cost a training, nor data that cannot be read leave an empty repository
         repo_id = prepare_repository(name, args.hub_token, private=args.hub_private_repo or None)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -65,6 +66,15 @@ def main(argv: list[str]) -> None:
     loop.run(args, accelerator, stage)
     if repo_id is not None:
         print(f"Published: {_publish(args, repo_id, accelerator.num_processes)}")
+
+
+def _make_stage(args: TrainArguments) -> train_dvae.DVAEStage | train_prior.PriorStage | train_reranker.RerankerStage:
+    stages = {
+        DVAEArguments: train_dvae.DVAEStage,
+        PriorArguments: train_prior.PriorStage,
+        RerankerArguments: train_reranker.RerankerStage,
+    }
+    return stages[type(args)](args)
 
 
 def _publish(args: TrainArguments, repo_id: str, num_processes: int) -> str:

@@ -37,9 +37,9 @@ class PriorStage:
 
     def __init__(self, args: PriorArguments):
         self.args = args = find_start(args)
-        self.dvae = _load("dvae", DalleDVAE, args.dvae).requires_grad_(False).eval()
+        self.dvae = load_part("dvae", DalleDVAE, args.dvae).requires_grad_(False).eval()
         self.image_processor = DalleImageProcessor(size=self.dvae.config.sample_size)
-        self.tokenizer = _load("tokenizer", AutoTokenizer, args.tokenizer)
+        self.tokenizer = load_part("tokenizer", AutoTokenizer, args.tokenizer)
         self.model = load_prior(args) if args.init_from else DallePriorForCausalLM(self._make_config())
         self._pipeline(self.model)  # which refuses parts that do not fit
         if args.lora_rank is not None:
@@ -237,7 +237,7 @@ def _check_tokens(args: PriorArguments) -> None:
         logger.warning(f"Nothing tells whether the tokens of {args.dataset_name} are of the dVAE {args.dvae}.")
 
 
-def _load(name: str, kind: type, folder: str) -> Any:
+def load_part(name: str, kind: type, folder: str) -> Any:
     try:
         return kind.from_pretrained(folder)
     except (OSError, ValueError) as error:

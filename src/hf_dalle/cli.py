@@ -57,6 +57,7 @@ def draw(arguments: argparse.Namespace) -> None:
         image=image,
         num_prefix_rows=arguments.num_prefix_rows,
         num_images_per_prompt=arguments.num_images,
+        num_candidates=arguments.num_candidates,
         guidance_scale=arguments.guidance_scale,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
@@ -71,7 +72,8 @@ def draw(arguments: argparse.Namespace) -> None:
     else:
         output.parent.mkdir(parents=True, exist_ok=True)
         make_grid(images).save(output)
-    print(f"{len(images)} of {arguments.prompt!r}, seed {seed}: {output.resolve()}")
+    best = f", the best of {arguments.num_candidates}" if arguments.num_candidates is not None else ""
+    print(f"{len(images)} of {arguments.prompt!r}{best}, seed {seed}: {output.resolve()}")
 
 
 def make_grid(images: list[Image.Image]) -> Image.Image:
@@ -104,6 +106,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add("prompt", help="the caption")
     add("--checkpoint", help=f"folder or Hub repository of a DALLEPipeline (default: {DEFAULT_CHECKPOINT}, if here)")
     add("--num_images", type=int, default=4, help="how many pictures (default: 4)")
+    add("--num_candidates", type=int, help="how many are drawn, of which the reranker chooses the best (default: all)")
     add("--max_batch_size", type=int, help="how many are drawn at once (default: as many as fit into free memory)")
     add("--seed", type=int, help="the same seed draws the same pictures (default: a new one each time)")
     add("--output", help="file of the grid (default: dalle.png), or with --no_grid a folder (default: dalle)")

@@ -95,7 +95,8 @@ def render_model_card(
 
     Args:
         report (`dict`):
-            What `training/evaluate.py` writes as report.json, or only its `"name"` and `"training"` part.
+            What `training/evaluate.py` writes as report.json, or only its `"name"` and `"training"` part; with
+            `"evaluations"`, what `training/render_card.py` took of reports of any model's pictures.
         template (`str` or `Path`):
             File of a jinja template. It gets `report`, `facts`, `settings` (of each stage, without folders of the
             machine), `kind` ("pipeline", "dvae" or "lora"), `name`, `model_id`, `prompts` and `local_start`, which
@@ -244,7 +245,7 @@ def _list_results(report: dict, facts: dict) -> list[EvalResult]:
     data_set = facts.get("data_set") or {"id": "unpublished", "name": "the data that the card describes"}
     results = []
 
-    def add(task: str, title: str, split: str, kind: str, name: str, value: float):
+    def add(task: str, title: str, split: str, kind: str, name: str, value: float, data_set: dict = data_set):
         dataset = {"dataset_type": data_set["id"], "dataset_name": data_set["name"], "dataset_split": split}
         metric = {"metric_type": kind, "metric_name": name, "metric_value": round(value, 4)}
         results.append(EvalResult(task_type=task, task_name=title, **dataset, **metric))
@@ -264,6 +265,11 @@ def _list_results(report: dict, facts: dict) -> list[EvalResult]:
             task = ("image-to-image", "Reconstruction by the dVAE", split)
             add(*task, "psnr", "PSNR, dB", measured["psnr"]["value"])
             add(*task, "perplexity", "perplexity of the codes", measured["perplexity"])
+    for evaluation in report.get("evaluations") or []:
+        for result in evaluation["results"]:
+            title = result.get("task_name", "Pictures from captions")
+            metric = (result["split"], result["metric_type"], result["metric_name"], result["value"])
+            add(result["task"], title, *metric, evaluation["data_set"])
     return results
 
 

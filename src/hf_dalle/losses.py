@@ -1,4 +1,4 @@
-"""The training objectives of both stages: the dVAE's evidence lower bound and the prior's weighted cross-entropy.
+"""The training objectives: the dVAE's evidence lower bound, the prior's cross-entropy, the reranker's contrast.
 
 Functions of tensors that a model gave; no model, no schedule (the weights beta and temperature come in as numbers from
 the training script).
@@ -119,3 +119,25 @@ def mean_cross_entropy(logits: torch.Tensor | None, labels: torch.Tensor | None)
     if logits is None or labels is None or not (labels != -100).any():
         return None
     return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+
+def contrastive_loss(
+    image_features: torch.Tensor, text_features: torch.Tensor, logit_scale: torch.Tensor, groups: torch.Tensor
+) -> torch.Tensor:
+    """
+    CLIP's symmetric cross-entropy of pictures among captions and of captions among pictures, without negatives that
+    are none: rows of one group are not told apart.
+
+    Args:
+        image_features, text_features (`torch.Tensor`): B x D, of norm 1, row by row of one pair.
+        logit_scale (`torch.Tensor`): what the cosines are multiplied by.
+        groups (`torch.LongTensor`): B.
+
+    Returns:
+        `torch.Tensor`: the mean over rows and both directions, in nats.
+    """
+    logits = logit_scale * image_features @ text_features.T  # pictures x captions
+    targets = torch.arange(len(logits), device=logits.device)
+    is_same = (groups[:, None] == groups) & (targets[:, None] != targets)
+    logits = logits.masked_fill(is_same, -math.inf)
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2

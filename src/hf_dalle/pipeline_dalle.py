@@ -20,14 +20,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixi
 from .autoencoder_dalle_discrete_vae import DalleDiscreteVAE
 from .autoencoder_dalle_dvae import DalleDVAE
 from .autoencoder_dalle_vqgan import DalleVQGAN
-from .candidates import check_max_batch_size, explain_out_of_memory
+from .candidates import Chunk, check_max_batch_size, explain_out_of_memory
 from .drawing import DalleDrawingMixin
 from .image_processing_dalle import DalleImageProcessor
 from .lora_dalle import DalleLoraLoaderMixin
 from .modeling_dalle_prior import DallePriorForCausalLM
 from .modeling_family_prior import DalleFamilyPriorForCausalLM
 from .publishing import DallePublishingMixin, check_folder
-from .reranking import rank_images
+from .reranking import BestImages, score_images
 from .sampling import resolve_settings, spawn_generators
 from .tokenization_dalle import encode_captions
 
@@ -43,7 +43,8 @@ class DALLEPipelineOutput(BaseOutput):
     Args:
         images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
             Pictures as `output_type` says, or image tokens B * n x grid x grid.
-        scores (`torch.Tensor`, *optional*): B * n, the reranker's; each prompt's pictures come best first.
+        scores (`torch.Tensor`, *optional*):
+            B * n, the reranker's; each prompt's pictures come best first, those that the safety checker flags last.
         nsfw_content_detected (`list[bool]`, *optional*): B * n, the safety checker's.
     """
 
@@ -131,9 +132,10 @@ class DALLEPipeline(DalleDrawingMixin, DalleLoraLoaderMixin, DallePublishingMixi
         callback_on_step_end: Callable[["DALLEPipeline", int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_batch_size: int | None = None,
+        num_candidates: int | None = None,
     ) -> DALLEPipelineOutput | tuple:
         r"""
-        Draws `num_images_per_prompt` pictures for each prompt.
+        Draws `num_images_per_prompt` pictures for each prompt, or `num_candidates`, of which it returns the best.
 
         Args:
             prompt (`str` or `list[str]`):
@@ -143,14 +145,14 @@ class DALLEPipeline(DalleDrawingMixin, DalleLoraLoaderMixin, DallePublishingMixi
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or list of them, *optional*):
                 One picture, or one a prompt, of which the top rows of tokens are kept (paper, section 3.3).
             num_prefix_rows (`int`, *optional*): how many rows, from 1 to the grid's size less 1; needed with `image`.
-            num_images_per_prompt (`int`, *optional*, defaults to 1): n.
+            num_images_per_prompt (`int`, *optional*, defaults to 1): n, how many pictures of a prompt are returned.
             guidance_scale (`float`, *optional*): 1 is none; above 1 the caption counts for more.
             temperature (`float`, *optional*): above 0; below 1 the likely tokens count for more.
             top_k (`int`, *optional*): draw among the k likeliest tokens; 0 is all of them.
             top_p (`float`, *optional*): in (0, 1]; draw among the likeliest tokens with this probability together.
                 These four default to the checkpoint's own, in the prior's `generation_config`.
             generator (`torch.Generator` or list of them, *optional*):
-                One for all pictures, or one a picture. The same seed gives the same picture in any batch.
+                One for all pictures, one a prompt or one a picture. The same seed gives the same picture in any batch.
             latents (`torch.LongTensor`, *optional*):
                 Image tokens to start from, (B * n) x k or (B * n) x rows x grid; a full grid is only decoded.
             output_type (`str`, *optional*, defaults to `"pil"`):
@@ -166,6 +168,10 @@ class DALLEPipeline(DalleDrawingMixin, DalleLoraLoaderMixin, DallePublishingMixi
             max_batch_size (`int`, *optional*):
                 How many pictures are drawn at once, by default as many as free memory holds; the others follow in
                 chunks. A picture is the same in any. Of n or more, prompts stay whole, and each is read once.
+            num_candidates (`int`, *optional*):
+                How many pictures of a prompt are drawn, of which the reranker chooses the best n (paper, section 2.6);
+                by default n. The same seed draws the same ones as `num_images_per_prompt=num_candidates` does. Then
+                B * n above (of `generator`, `latents` and the callback) counts candidates.
 
         Returns:
             [`DALLEPipelineOutput`], or the tuple `(images, scores, nsfw_content_detected)`.
@@ -183,10 +189,14 @@ class DALLEPipeline(DalleDrawingMixin, DalleLoraLoaderMixin, DallePublishingMixi
             output_type,
             callback_on_step_end_tensor_inputs,
             max_batch_size,
+            num_candidates,
         )
-        num_images = len(prompts) * num_images_per_prompt
+        num_candidates = num_images_per_prompt if num_candidates is None else num_candidates
+        num_images = len(prompts) * num_candidates
         self._check_prefix(image, num_prefix_rows, latents, num_images)
         settings = resolve_settings(self.prior.generation_config, guidance_scale, temperature, top_k, top_p)
+        if isinstance(generator, list | tuple) and len(generator) == len(prompts):  # one a prompt
+            generator = [source for source in generator for _ in range(num_candidates)]
         generators = spawn_generators(generator, num_images)
         self._guidance_scale, self._interrupt = settings["guidance_scale"], False
 
@@ -199,9 +209,7 @@ class DALLEPipeline(DalleDrawingMixin, DalleLoraLoaderMixin, DallePublishingMixi
             prefix = self.encode_image_prefix(image, num_prefix_rows, len(prompts))
 
         # 4. Draw the image tokens, in chunks where not all pictures fit into memory
-        chunks = self._split_call(
-            len(prompts), num_images_per_prompt, max_batch_size, prefix, settings["guidance_scale"] > 1
-        )
+        chunks = self._split_call(len(prompts), num_candidates, max_batch_size, prefix, settings["guidance_scale"] > 1)
         tokens = self._draw_tokens(
             chunks,
             callback_on_step_end,
@@ -212,19 +220,19 @@ class DALLEPipeline(DalleDrawingMixin, DalleLoraLoaderMixin, DallePublishingMixi
             settings=settings,
         )
 
-        # 5. Decode them
         scores = has_nsfw_concepts = None
         if output_type == "latent":
             images = tokens.unflatten(1, (self.dvae.image_grid_size, -1))
         else:
-            images = self.decode_tokens(tokens, max_batch_size)
+            # 5. Decode them, check the pictures, and keep the best, a chunk at a time where there is a reranker
+            if self.reranker is None:
+                images, has_nsfw_concepts = self._check_safety(self.decode_tokens(tokens, max_batch_size))
+            else:
+                images, scores, has_nsfw_concepts = self._rerank(
+                    prompts, tokens, chunks, num_images_per_prompt, max_batch_size
+                )
 
-            # 6. Check and rerank the pictures
-            images, has_nsfw_concepts = self._check_safety(images)
-            batch_size = chunks[0].num_images
-            images, scores, has_nsfw_concepts = self._rerank(prompts, images, has_nsfw_concepts, batch_size)
-
-            # 7. Put the pictures into the form that is asked for
+            # 6. Put the pictures into the form that is asked for
             images = self.image_processor.postprocess(images, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
@@ -239,6 +247,7 @@ class DALLEPipeline(DalleDrawingMixin, DalleLoraLoaderMixin, DallePublishingMixi
         output_type: str,
         callback_on_step_end_tensor_inputs: Sequence[str],
         max_batch_size: int | None = None,
+        num_candidates: int | None = None,
     ) -> None:
         """Raises `ValueError` for what `__call__` cannot draw from."""
         _check_strings("prompt", prompts)
@@ -251,12 +260,31 @@ class DALLEPipeline(DalleDrawingMixin, DalleLoraLoaderMixin, DallePublishingMixi
         if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` is {num_images_per_prompt!r}; expected a whole number from 1.")
         check_max_batch_size(max_batch_size)
+        if num_candidates is not None:
+            self._check_candidates(num_candidates, num_images_per_prompt, output_type)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` is {output_type!r}; expected 'pil', 'np', 'pt' or 'latent'.")
         unknown = sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs))
         if unknown:
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` holds {unknown}; it may hold {self._callback_tensor_inputs}."
+            )
+
+    def _check_candidates(self, num_candidates: int, num_images_per_prompt: int, output_type: str) -> None:
+        if not isinstance(num_candidates, int) or num_candidates < num_images_per_prompt:
+            raise ValueError(
+                f"`num_candidates` is {num_candidates!r}; expected a whole number from {num_images_per_prompt},"
+                " which is `num_images_per_prompt`: those are chosen among the candidates."
+            )
+        if self.reranker is None:
+            raise ValueError(
+                "`num_candidates` needs a reranker to choose by, which this pipeline has not: load it with `reranker`"
+                " and `reranker_processor` (any CLIP-like model), or draw with `num_images_per_prompt` alone."
+            )
+        if output_type == "latent":
+            raise ValueError(
+                "`num_candidates` ranks pictures, but `output_type='latent'` returns tokens before there are any: ask"
+                " for 'pil', 'np' or 'pt'."
             )
 
     def _check_prefix(self, image: Any, num_prefix_rows: int | None, latents: Any, num_images: int) -> None:
@@ -344,17 +372,30 @@ class DALLEPipeline(DalleDrawingMixin, DalleLoraLoaderMixin, DallePublishingMixi
         return torch.as_tensor(checked).movedim(-1, 1), list(has_nsfw_concepts)
 
     def _rerank(
-        self, prompts: list[str], images: torch.Tensor, has_nsfw_concepts: list[bool] | None, batch_size: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None, list[bool] | None]:
-        """Sorts each prompt's pictures, (B * n) x 3 x H x W, and what is known of them, best first."""
-        if self.reranker is None:
-            return images, None, has_nsfw_concepts
-        pictures = self.image_processor.postprocess(images, "pil")
-        with explain_out_of_memory("reranking", batch_size):
-            order, scores = rank_images(self.reranker, self.reranker_processor, prompts, pictures, batch_size)
-        if has_nsfw_concepts is not None:
-            has_nsfw_concepts = [has_nsfw_concepts[index] for index in order]
-        return images[order], scores, has_nsfw_concepts
+        self,
+        prompts: list[str],
+        tokens: torch.Tensor,
+        chunks: list[Chunk],
+        num_images_per_prompt: int,
+        max_batch_size: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, list[bool] | None]:
+        """
+        Decodes, checks and scores tokens, (B * m) x N, a chunk at a time; only each prompt's best n pictures stay. The
+        images, (B * n) x 3 x H x W, and what is known of them, best first.
+        """
+        best, batch_size = [BestImages(num_images_per_prompt) for _ in prompts], chunks[0].num_images
+        for chunk in chunks:
+            images, flags = self._check_safety(self.decode_tokens(tokens[chunk.images], max_batch_size))
+            is_flagged = torch.tensor(flags or [False] * len(images))
+            pictures, num_each = self.image_processor.postprocess(images, "pil"), chunk.num_images_per_prompt
+            for first, index in enumerate(range(chunk.prompts.start, chunk.prompts.stop)):
+                rows = slice(first * num_each, (first + 1) * num_each)
+                with explain_out_of_memory("reranking", batch_size):
+                    scores = score_images(self.reranker, self.reranker_processor, prompts[index], pictures[rows])
+                best[index].add(images[rows], scores, is_flagged[rows])
+        images, scores = torch.cat([part.images for part in best]), torch.cat([part.scores for part in best])
+        flags = [flag for part in best for flag in part.is_flagged.tolist()]
+        return images, scores, flags if self.safety_checker is not None else None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "DALLEPipeline":

@@ -1,6 +1,7 @@
 """Ranking pictures by how well a contrastive model finds them to match their caption (paper, section 2.6).
 
-Drawing the many of which the best are kept is the pipeline's.
+Scores, the best of many that are met a few at a time, and what the best of N is worth. Drawing the many is the
+pipeline's; training a model to rank by is `training/train_reranker.py`'s.
 """
 
 import torch
@@ -39,29 +40,68 @@ def score_images(
     return torch.cat(scores)
 
 
-def rank_images(
-    reranker: PreTrainedModel,
-    processor: ProcessorMixin,
-    prompts: list[str],
-    images: list[Image.Image],
-    batch_size: int | None = None,
-) -> tuple[list[int], torch.Tensor]:
+def order_images(scores: torch.Tensor, is_flagged: torch.Tensor | None = None) -> torch.Tensor:
     """
-    Sorts each prompt's pictures, best first.
+    Best first; of equal scores the earlier picture first.
 
     Args:
-        reranker, processor, batch_size: as for [`score_images`].
-        prompts (`list[str]`): B prompts.
-        images (`list[PIL.Image.Image]`): B * n pictures, those of a prompt side by side.
+        scores (`torch.Tensor`): B, higher is better.
+        is_flagged (`torch.Tensor`, *optional*):
+            B booleans, a safety checker's: those pictures come last, whatever their scores.
 
     Returns:
-        `tuple`: the order, indices into `images`, and the scores in that order, each B * n long.
+        `torch.LongTensor`: B indices.
     """
-    order, scores = [], []
-    num_each = len(images) // len(prompts)
-    for first, prompt in zip(range(0, len(images), num_each), prompts, strict=True):
-        scored = score_images(reranker, processor, prompt, images[first : first + num_each], batch_size)
-        best_first = scored.argsort(descending=True, stable=True)
-        order += (first + best_first).tolist()
-        scores.append(scored[best_first])
-    return order, torch.cat(scores)
+    order = scores.argsort(descending=True, stable=True)
+    return order if is_flagged is None else order[is_flagged[order].int().argsort(stable=True)]
+
+
+class BestImages:
+    """
+    The best pictures of one prompt among all that were added: thousands take the memory of a few.
+
+    Args:
+        num_kept (`int`): how many stay.
+
+    Attributes:
+        images (`torch.Tensor`): at most `num_kept` x 3 x H x W, best first, as [`order_images`] has it.
+        scores (`torch.Tensor`): of each.
+        is_flagged (`torch.Tensor`): of each, whether a safety checker objects.
+    """
+
+    def __init__(self, num_kept: int):
+        self.num_kept, self.images, self.scores, self.is_flagged = num_kept, None, None, None
+
+    def add(self, images: torch.Tensor, scores: torch.Tensor, is_flagged: torch.Tensor) -> None:
+        """B more pictures, B x 3 x H x W, with B scores and B booleans, on the CPU."""
+        if self.images is not None:
+            images = torch.cat([self.images, images])
+            scores, is_flagged = torch.cat([self.scores, scores]), torch.cat([self.is_flagged, is_flagged])
+        order = order_images(scores, is_flagged)[: self.num_kept]
+        self.images, self.scores, self.is_flagged = images[order.to(images.device)], scores[order], is_flagged[order]
+
+
+def expect_best_of(num_drawn: int, qualities: torch.Tensor) -> torch.Tensor:
+    """
+    What the best-scored of N pictures is worth, over all ways to choose N of the M that were drawn: exact, no sample.
+
+    The picture of rank r (from 1, by its score) is the best of C(M - r, N - 1) of the C(M, N) subsets of size N.
+
+    Args:
+        num_drawn (`int`): N, from 1 to M.
+        qualities (`torch.Tensor`): ... x M, of a prompt's pictures, in the order of their scores, best first.
+
+    Returns:
+        `torch.Tensor`: ..., float64.
+
+    Raises:
+        ValueError: for an N outside its range.
+    """
+    num_all = qualities.shape[-1]
+    if not 1 <= num_drawn <= num_all:
+        raise ValueError(f"The best of {num_drawn} needs as many pictures; there are {num_all}.")
+    weights = torch.zeros(num_all, dtype=torch.float64)
+    weights[0] = num_drawn / num_all
+    for rank in range(1, num_all - num_drawn + 1):  # C(M - r - 1, N - 1) / C(M - r, N - 1) = (M - r - N + 1) / (M - r)
+        weights[rank] = weights[rank - 1] * (num_all - rank - num_drawn + 1) / (num_all - rank)
+    return qualities.double() @ weights
