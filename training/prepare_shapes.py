@@ -247,7 +247,8 @@ Scenes of one thing, of two left of, right of, above or below each other, and of
 in `train`. `test_pairs` shows one of {len(hold_out_pairs())} of the {len(COLOURS) * len(SHAPES)} (colour, shape)
 pairs at least, in whatever size and number: {pairs}.
 `test_triples` shows one of {len(hold_out_triples())} of the {len(list_triples()):,} triples
-(pair, left of or above, pair) of two different pairs that are in `train`; a triple is the same said from the other side, and whatever the sizes.
+(pair, left of or above, pair) of two different pairs that are in `train`; a triple is the same, said from the other
+side, and whatever the sizes.
 """
 
 
