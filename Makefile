@@ -89,7 +89,7 @@ $(PARITY_VENV)/.installed: tests/parity/requirements.txt tests/parity/originals.
 # gradio holds pillow below 13, selenium brings packages of its own: an environment beside, on top of $(VENV).
 $(BROWSER_VENV)/.installed: setup.py | $(VENV)/.installed-dev
 	$(BIN)/python -m venv $(BROWSER_VENV)
-	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	@$(BIN)/python -c "import sys; print(*filter(lambda path: path.endswith('-packages'), sys.path), sep='\n')" \
 		> $$($(BROWSER_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
 	$(BROWSER_VENV)/bin/pip install -e ".[browser]"
 	@touch $@

@@ -34,7 +34,7 @@ extras["test"] = [
     *extras["lora"],
     *extras["train"],
 ]
-extras["browser"] = [*test_tools, *extras["demo"], "selenium>=4.30"]
+extras["browser"] = [*test_tools, *extras["demo"], *extras["train"], "selenium>=4.30"]
 extras["dev"] = [*extras["test"], *extras["quality"]]
 
 setup(

@@ -5,6 +5,7 @@ they are. Who is asked what is decided in `ballots.py`.
 """
 
 import base64
+import contextlib
 import html
 import io
 import logging
@@ -123,10 +124,11 @@ def build_page(ballots: Ballots, pictures: Callable[[str, str], Image.Image]) ->
         ballot = gr.HTML(NO_ANSWERS, elem_id="ballot")
         token = gr.Textbox(visible=False)
         with gr.Column(elem_id="answers"):
-            answers = [
-                gr.Radio(CHOICES[name], label=f"{words} ({', '.join(KEYS[name])})", elem_id=name)
-                for name, words in QUESTIONS.items()
-            ]
+            with gr.Row():
+                answers = [
+                    gr.Radio(CHOICES[name], label=f"{words} ({', '.join(KEYS[name])})", elem_id=name)
+                    for name, words in QUESTIONS.items()
+                ]
             button = gr.Button("Save and go on", variant="primary", elem_id="save")
         progress = gr.HTML(elem_id="progress")
         shown = [ballot, *answers, progress]
@@ -295,4 +297,5 @@ def run_server(app: Door, host: str, port: int) -> None:
         limit_concurrency=1000,
         timeout_graceful_shutdown=3,
     )
-    Server(config).run()
+    with contextlib.suppress(KeyboardInterrupt):
+        Server(config).run()
