@@ -79,6 +79,18 @@ def test_parquet_and_imagefolder_read_alike(tmp_path, layout):
             load_rows(str(tmp_path), split="validation")
 
 
+def test_splits_joined_by_plus_are_read_one_after_the_other(tmp_path):
+    rows = list_rows()[:4]
+    write_parquet(tmp_path / "train.parquet", rows[:1])
+    write_parquet(tmp_path / "more-00000-of-00002.parquet", rows[1:3])
+    write_parquet(tmp_path / "more-00001-of-00002.parquet", rows[3:])
+    for split, expected in (("train+more", rows), ("more+train", [*rows[1:], rows[0]])):
+        loaded = load_rows(str(tmp_path), split=split)
+        assert [row["captions"] for row in loaded] == [row["captions"] for row in expected]
+    with pytest.raises(OSError, match=r"Of train\+less there is neither less.parquet nor less-\*.parquet"):
+        load_rows(str(tmp_path), split="train+less")
+
+
 def test_captions_may_be_strings(tmp_path):
     rows = [{"image": draw_picture("red", "green"), "text": "red and green"}]
     write_parquet(tmp_path / "train.parquet", rows)

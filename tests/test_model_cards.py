@@ -12,12 +12,12 @@ import render_card
 import yaml
 from arguments import parse_arguments
 from describe_run import describe_model, describe_run, describe_training
+from emoji_sets import EMOJI_SETS
 from hub_metadata import find_faults
 from hub_server import HubServer, client_environment, run_client
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from PIL import Image
-from prepare_emoji import EMOJI_SETS
 from safetensors.torch import load_file
 from tiny import build_dvae, build_pipeline
 from tiny_report import CARDS, ROOT, make_facts, make_report, make_split, render

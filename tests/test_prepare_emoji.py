@@ -1,4 +1,6 @@
-"""Tests of training/prepare_emoji.py on tiny packages in the sets' own formats; the slow one makes the real data."""
+"""Tests of training/prepare_emoji.py and what it draws by, on tiny packages in the sets' own formats; the slow one
+makes the real data.
+"""
 
 import csv
 import io
@@ -9,6 +11,9 @@ import tarfile
 from pathlib import Path
 
 import datasets
+import emoji_drawings
+import emoji_sets
+import numpy as np
 import prepare_emoji
 import pytest
 from PIL import Image
@@ -98,12 +103,12 @@ def pack_names(folder):
         "meta/groups.json": GROUPS,
     }
     files = {path: json.dumps(content).encode() for path, content in files.items()}
-    pack(folder, *prepare_emoji.NAMES_PACKAGE, files)
+    pack(folder, *emoji_sets.NAMES_PACKAGE, files)
 
 
 @pytest.fixture
 def cache_dir(tmp_path):
-    """All six packages, as if fetched before."""
+    """All packages, as if fetched before; those of the further sets tell no emoji (as theirs do not)."""
     folder = tmp_path / "npm"
     folder.mkdir()
     pack_names(folder)
@@ -111,8 +116,10 @@ def cache_dir(tmp_path):
     webps = {hexcode: encode_webp((index * 40, 0, 200, 255)) for index, hexcode in enumerate(CHARS)}
     webps["1f49a"] = webps["2764"]
     webps = {f"assets/{hexcode}.webp": data for hexcode, data in webps.items()}
-    for emoji_set in prepare_emoji.EMOJI_SETS:
+    for emoji_set in emoji_sets.EMOJI_SETS:
         pack(folder, emoji_set.package, emoji_set.version, webps if emoji_set.style == "fluent-3d" else icons)
+    for emoji_set in emoji_sets.MORE_EMOJI_SETS:
+        pack(folder, emoji_set.package, emoji_set.version, icons | {"chars.json": b"{}"})
     return folder
 
 
@@ -123,14 +130,29 @@ def split_file(tmp_path):
     rows = [
         (hexcode, emoji_set.style, split, names[hexcode])
         for hexcode, split in zip(CONCEPTS, prepare_emoji.SPLITS, strict=True)
-        for emoji_set in prepare_emoji.EMOJI_SETS
+        for emoji_set in emoji_sets.EMOJI_SETS
     ]
     return write_split(tmp_path / "split.csv", rows)
 
 
+@pytest.fixture
+def more_file(tmp_path):
+    """One picture each of the further sets, of a concept that is in `train`."""
+    rows = [("2764-FE0F", emoji_set.style, "heart", "red heart") for emoji_set in emoji_sets.MORE_EMOJI_SETS]
+    return write_more(tmp_path / "more.csv", rows)
+
+
 def write_split(path, rows):
+    return write_csv(path, [("hexcode", "style", "split", "name"), *rows])
+
+
+def write_more(path, rows):
+    return write_csv(path, [("hexcode", "style", "icon", "name"), *rows])
+
+
+def write_csv(path, rows):
     with open(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([("hexcode", "style", "split", "name"), *rows])
+        csv.writer(file).writerows(rows)
     return path
 
 
@@ -139,17 +161,17 @@ def read_rows(output_dir, split):
 
 
 def draw(name, size=16):
-    return prepare_emoji.draw_icon(prepare_emoji.resolve_icon(ICON_SET, name), size)
+    return emoji_drawings.draw_icon(emoji_drawings.resolve_icon(ICON_SET, name), size)
 
 
 def test_hexcodes_lose_case_variation_selectors_and_joiners():
-    assert prepare_emoji.normalize_hexcode("1f441-fe0f-200d-1f5e8-fe0f") == "1F441-1F5E8"
-    assert prepare_emoji.normalize_hexcode("0023-FE0F-20E3") == "0023-20E3"
-    assert prepare_emoji.normalize_hexcode("1F994") == "1F994"
+    assert emoji_sets.normalize_hexcode("1f441-fe0f-200d-1f5e8-fe0f") == "1F441-1F5E8"
+    assert emoji_sets.normalize_hexcode("0023-FE0F-20E3") == "0023-20E3"
+    assert emoji_sets.normalize_hexcode("1F994") == "1F994"
 
 
 def test_caption_forms():
-    phrases = [emoji_set.phrase for emoji_set in prepare_emoji.EMOJI_SETS]
+    phrases = [emoji_set.phrase for emoji_set in emoji_sets.EMOJI_SETS]
     assert phrases == ["a noto", "a twemoji", "an outlined openmoji", "a flat fluent", "a glossy 3d"]
     first = "a glossy 3d style emoji of hedgehog"
     tags = ["animal", "hedgehog", "spiny", "b", "c", "d", "e", "f"]
@@ -182,26 +204,24 @@ def test_aliases_flip_and_turn():
 @pytest.mark.parametrize("name", ["lost", "loop", "unheard-of"])
 def test_an_alias_to_nowhere_is_refused(name):
     with pytest.raises(ValueError, match=f"no icon behind the name '{name if name != 'lost' else 'nowhere'}'"):
-        prepare_emoji.resolve_icon(ICON_SET, name)
+        emoji_drawings.resolve_icon(ICON_SET, name)
 
 
 def test_pictures_are_whole_centred_and_on_white():
     wide = draw("wide")
     assert wide.size == (16, 16) and wide.mode == "RGB"
     assert [wide.getpixel((8, y)) == (0, 0, 255) for y in (2, 5, 10, 13)] == [False, True, True, False]
-    webp = prepare_emoji.draw_webp(encode_webp((200, 0, 0, 255)), 33)
+    webp = emoji_drawings.draw_webp(encode_webp((200, 0, 0, 255)), 33)
     assert webp.size == (33, 33) and webp.mode == "RGB"
     assert webp.getpixel((0, 0)) == webp.getpixel((32, 32)) == (255, 255, 255)
     assert webp.getpixel((16, 16)) == (200, 0, 0)
 
 
-def test_prepare_joins_pictures_names_and_splits(tmp_path, cache_dir, split_file):
-    assert prepare_emoji.prepare(tmp_path / "out", cache_dir, 24, split_file)
+def test_prepare_joins_pictures_names_and_splits(tmp_path, cache_dir, split_file, more_file):
+    assert prepare_emoji.prepare(tmp_path / "out", cache_dir, 24, split_file, more_file)
     for hexcode, split in zip(CONCEPTS, prepare_emoji.SPLITS, strict=True):
         rows = read_rows(tmp_path / "out", split)
-        assert [(row["hexcode"], row["style"]) for row in rows] == [
-            (hexcode, s.style) for s in prepare_emoji.EMOJI_SETS
-        ]
+        assert [(row["hexcode"], row["style"]) for row in rows] == [(hexcode, s.style) for s in emoji_sets.EMOJI_SETS]
         assert all(row["image"].size == (24, 24) and row["image"].format == "PNG" for row in rows)
     train = read_rows(tmp_path / "out", "train")
     first = "an outlined openmoji style emoji of red heart"
@@ -211,88 +231,99 @@ def test_prepare_joins_pictures_names_and_splits(tmp_path, cache_dir, split_file
     pointing_right = read_rows(tmp_path / "out", "test_style")[0]
     assert pointing_right["captions"] == ["a noto style emoji of backhand index pointing right"]
     assert pointing_right["image"].convert("RGB").getpixel((20, 12)) == (255, 0, 0)
+    more = read_rows(tmp_path / "out", "train_more")
+    assert [row["style"] for row in more] == [emoji_set.style for emoji_set in emoji_sets.MORE_EMOJI_SETS]
+    assert more[0]["captions"][0] == "a blob noto style emoji of red heart"
+    assert more[0]["image"].tobytes() == train[0]["image"].tobytes()
     readme = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert all(s.credit in readme and s.license in readme and s.version in readme for s in prepare_emoji.EMOJI_SETS)
+    sets = (*emoji_sets.EMOJI_SETS, *emoji_sets.MORE_EMOJI_SETS)
+    assert all(s.credit in readme and s.license in readme and s.version in readme for s in sets)
 
 
-def test_two_runs_give_equal_bytes_and_a_whole_output_is_left_alone(tmp_path, cache_dir, split_file, capsys):
+def test_two_runs_give_equal_bytes_and_a_whole_one_stays(tmp_path, cache_dir, split_file, more_file, capsys):
     def files(name):
         return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
 
     for name in ("one", "two"):
-        assert prepare_emoji.prepare(tmp_path / name, cache_dir, 24, split_file)
+        assert prepare_emoji.prepare(tmp_path / name, cache_dir, 24, split_file, more_file)
     assert files("one") == files("two")
     capsys.readouterr()
-    assert not prepare_emoji.prepare(tmp_path / "one", tmp_path / "no-cache", 24, split_file)
-    assert "holds all 20 pictures already" in capsys.readouterr().out
+    assert not prepare_emoji.prepare(tmp_path / "one", tmp_path / "no-cache", 24, split_file, more_file)
+    assert "holds all 25 pictures already" in capsys.readouterr().out
     # Another size, and a file that was cut, are made again.
-    assert prepare_emoji.prepare(tmp_path / "one", cache_dir, 16, split_file)
+    assert prepare_emoji.prepare(tmp_path / "one", cache_dir, 16, split_file, more_file)
     assert read_rows(tmp_path / "one", "train")[0]["image"].size == (16, 16)
     (tmp_path / "two" / "train.parquet").write_bytes(files("two")["train.parquet"][:-100])
-    assert prepare_emoji.prepare(tmp_path / "two", cache_dir, 24, split_file)
+    assert prepare_emoji.prepare(tmp_path / "two", cache_dir, 24, split_file, more_file)
 
 
 def test_skin_tones_flags_and_components_are_dropped(cache_dir):
-    names = prepare_emoji.fetch_package(*prepare_emoji.NAMES_PACKAGE, cache_dir)
-    assert [concept.hexcode for concept in prepare_emoji.read_concepts(names)] == [*CONCEPTS, "1F49A"]
+    names = emoji_sets.fetch_package(*emoji_sets.NAMES_PACKAGE, cache_dir)
+    assert [concept.hexcode for concept in emoji_sets.read_concepts(names)] == [*CONCEPTS, "1F49A"]
 
 
 def test_of_equal_pictures_the_first_in_order_stays(cache_dir):
-    concepts = prepare_emoji.read_concepts(prepare_emoji.fetch_package(*prepare_emoji.NAMES_PACKAGE, cache_dir))
-    for emoji_set in prepare_emoji.EMOJI_SETS:
-        files = prepare_emoji.fetch_package(emoji_set.package, emoji_set.version, cache_dir)
-        drawings = prepare_emoji.read_drawings(emoji_set, files)
+    concepts = emoji_sets.read_concepts(emoji_sets.fetch_package(*emoji_sets.NAMES_PACKAGE, cache_dir))
+    for emoji_set in emoji_sets.EMOJI_SETS:
+        files = emoji_sets.fetch_package(emoji_set.package, emoji_set.version, cache_dir)
+        drawings = emoji_drawings.read_drawings(emoji_set, files)
         # At 1 pixel all look alike, yet the choice is made at one size for all.
         for size in (1, 24):
-            assert list(prepare_emoji.draw_pictures(emoji_set.style, drawings, concepts, size)) == list(CONCEPTS)
+            assert list(emoji_drawings.draw_pictures(emoji_set.style, drawings, concepts, size)) == list(CONCEPTS)
 
 
-def test_other_pictures_than_the_splits_are_refused(tmp_path, cache_dir, split_file):
+def test_other_pictures_than_the_splits_are_refused(tmp_path, cache_dir, split_file, more_file):
     with open(split_file, encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file))[1:]
     surplus = write_split(tmp_path / "surplus.csv", rows[1:])
     with pytest.raises(ValueError, match=r"0 missing.*1 that it does not have, such as \[\('2764-FE0F', 'noto'\)\]"):
-        prepare_emoji.prepare(tmp_path / "out", cache_dir, 24, surplus)
+        prepare_emoji.prepare(tmp_path / "out", cache_dir, 24, surplus, more_file)
     missing = write_split(tmp_path / "missing.csv", [*rows, ("1F49A", "noto", "train", "green heart")])
     with pytest.raises(ValueError, match=r"1 missing, such as \[\('1F49A', 'noto'\)\], and 0 that"):
-        prepare_emoji.prepare(tmp_path / "out", cache_dir, 24, missing)
+        prepare_emoji.prepare(tmp_path / "out", cache_dir, 24, missing, more_file)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bad_split_file_or_size_is_refused(tmp_path, cache_dir, split_file):
+def test_a_bad_split_file_or_size_is_refused(tmp_path, cache_dir, split_file, more_file):
     row = ("2764-FE0F", "noto", "train", "red heart")
     with pytest.raises(ValueError, match="names 1 pictures more than once"):
         prepare_emoji.read_split(write_split(tmp_path / "twice.csv", [row, row]))
     with pytest.raises(ValueError, match="expected a style of"):
         prepare_emoji.read_split(write_split(tmp_path / "style.csv", [("2764-FE0F", "blob", "train", "red heart")]))
+    row = ("2764-FE0F", "noto", "heart", "red heart")
+    with pytest.raises(ValueError, match="expected a style of"):
+        prepare_emoji.read_more(write_more(tmp_path / "more_style.csv", [row]), [])
+    kept_back = prepare_emoji.SplitRow("2764-FE0F", "noto", "test_compose", "red heart")
+    with pytest.raises(ValueError, match="is of test_compose, which no style may train"):
+        prepare_emoji.read_more(write_more(tmp_path / "kept.csv", [("2764-FE0F", "fxemoji", *row[2:])]), [kept_back])
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        prepare_emoji.prepare(tmp_path / "out", cache_dir, 0, split_file)
+        prepare_emoji.prepare(tmp_path / "out", cache_dir, 0, split_file, more_file)
 
 
 def test_a_package_of_another_version_or_a_damaged_one_is_refused(tmp_path):
     pack(tmp_path, "emojibase-data", "17.0.0", {}, {"name": "emojibase-data", "version": "16.0.0"})
     with pytest.raises(ValueError, match="holds emojibase-data 16.0.0, expected emojibase-data 17.0.0: delete it"):
-        prepare_emoji.fetch_package("emojibase-data", "17.0.0", tmp_path)
+        emoji_sets.fetch_package("emojibase-data", "17.0.0", tmp_path)
     path = tmp_path / "emojibase-data-17.0.0.tgz"
     for damaged in (path.read_bytes()[:-40], b"", b"not a package"):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="is no whole npm package.*delete it and run again"):
-            prepare_emoji.fetch_package("emojibase-data", "17.0.0", tmp_path)
+            emoji_sets.fetch_package("emojibase-data", "17.0.0", tmp_path)
 
 
 def test_a_broken_picture_is_named(cache_dir):
     with pytest.raises(ValueError, match="the noto picture of 2764-FE0F cannot be drawn"):
         icon_set = ICON_SET | {"icons": {"heart": {"body": "<path"}}, "aliases": {}}
         files = {"icons.json": json.dumps(icon_set), "chars.json": json.dumps({"2764": "heart"})}
-        drawings = prepare_emoji.read_drawings(prepare_emoji.EMOJI_SETS[0], files)
-        concepts = [prepare_emoji.Concept("2764-FE0F", "하트", (), "smileys-emotion")]
-        prepare_emoji.draw_pictures("noto", drawings, concepts, 24)
+        drawings = emoji_drawings.read_drawings(emoji_sets.EMOJI_SETS[0], files)
+        concepts = [emoji_sets.Concept("2764-FE0F", "하트", (), "smileys-emotion")]
+        emoji_drawings.draw_pictures("noto", drawings, concepts, 24)
 
 
 def test_without_npm_the_error_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(OSError, match=r"npm.*was not found: install Node.js.*npm pack emojibase-data@17.0.0.*copy"):
-        prepare_emoji.fetch_package("emojibase-data", "17.0.0", tmp_path / "npm")
+        emoji_sets.fetch_package("emojibase-data", "17.0.0", tmp_path / "npm")
 
 
 @pytest.mark.skipif(shutil.which("npm") is None, reason="needs npm")
@@ -301,21 +332,34 @@ def test_without_network_the_error_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("npm_config_fetch_retries", "0")
     monkeypatch.setenv("npm_config_cache", str(tmp_path / "npm-cache"))
     with pytest.raises(OSError, match=r"(?s)npm could not fetch emojibase-data@17.0.0.*Check the network"):
-        prepare_emoji.fetch_package("emojibase-data", "17.0.0", tmp_path / "npm")
+        emoji_sets.fetch_package("emojibase-data", "17.0.0", tmp_path / "npm")
     assert not list((tmp_path / "npm").iterdir())
 
 
-def test_without_resvg_the_error_says_what_to_do(tmp_path, cache_dir, split_file, monkeypatch):
+def test_without_resvg_the_error_says_what_to_do(tmp_path, cache_dir, split_file, more_file, monkeypatch):
     monkeypatch.setitem(sys.modules, "resvg_py", None)
     with pytest.raises(OSError, match="pip install resvg-py"):
-        prepare_emoji.prepare(tmp_path / "out", cache_dir, 24, split_file)
+        prepare_emoji.prepare(tmp_path / "out", cache_dir, 24, split_file, more_file)
 
 
 @pytest.mark.slow
 def test_the_real_data(tmp_path):
-    """Fetches the real packages where `data/npm` does not hold them (about 30 MB)."""
+    """Fetches the real packages where `data/npm` does not hold them (about 45 MB)."""
     assert prepare_emoji.prepare(tmp_path, REPO / "data" / "npm")
-    counts = {split: len(read_rows(tmp_path, split)) for split in prepare_emoji.SPLITS}
-    assert counts == {"train": 7559, "validation": 69, "test_style": 302, "test_compose": 124}
-    hedgehog = next(row for row in read_rows(tmp_path, "train") if row["hexcode"] == "1F994")
+    rows = {split: read_rows(tmp_path, split) for split in (*prepare_emoji.SPLITS, "train_more")}
+    counts = {split: len(rows[split]) for split in rows}
+    assert counts == {"train": 7559, "validation": 69, "test_style": 302, "test_compose": 124, "train_more": 4141}
+    hedgehog = next(row for row in rows["train"] if row["hexcode"] == "1F994")
     assert hedgehog["captions"][0].endswith(" style emoji of hedgehog") and "고슴도치" in hedgehog["caption_ko"]
+
+    def shrink(row):
+        return np.asarray(row["image"].convert("RGB").resize((32, 32), Image.Resampling.BOX), dtype=np.float32) / 255
+
+    # No further set trains a concept of test_compose, or nearly a picture that is held out.
+    held_out = {}
+    for row in (*rows["validation"], *rows["test_style"], *rows["test_compose"]):
+        held_out.setdefault(row["hexcode"], []).append(row)
+    assert not {row["hexcode"] for row in rows["train_more"]} & {row["hexcode"] for row in rows["test_compose"]}
+    for row in rows["train_more"]:
+        for other in held_out.get(row["hexcode"], ()):
+            assert np.sqrt(np.mean((shrink(row) - shrink(other)) ** 2)) >= 0.08, (row["hexcode"], row["style"])

@@ -1,7 +1,8 @@
 """Makes a small caption-image set of one style that emoji-mini never saw, for `configs/emoji_mini_lora.yaml`.
 
 100 black-and-white emoji of Fluent's high-contrast set to train on and 32 of other concepts to validate on, all of
-concepts that the checkpoint knows in other styles. How emoji are fetched and drawn lives in `prepare_emoji.py`.
+concepts that the checkpoint knows in other styles. How emoji are fetched and drawn lives in `emoji_sets.py` and
+`emoji_drawings.py`.
 
     python training/prepare_style.py --output_dir data/emoji-style
 """
@@ -13,20 +14,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from prepare_emoji import (
-    NAMES_PACKAGE,
-    SPLIT_FILE,
-    EmojiSet,
-    SplitRow,
-    draw_pictures,
-    fetch_package,
-    make_example,
-    normalize_hexcode,
-    read_concepts,
-    read_drawings,
-    read_split,
-    write_parquet,
-)
+from emoji_drawings import draw_pictures, read_drawings
+from emoji_sets import NAMES_PACKAGE, EmojiSet, fetch_package, normalize_hexcode, read_concepts
+from prepare_emoji import SPLIT_FILE, SplitRow, make_example, read_split, write_parquet
 
 
 STYLE = EmojiSet(

@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -49,7 +50,7 @@ def load_rows(
             the folder itself (which then is the split "train", unless its sub-folders are named by splits). Or a
             pattern of tar shards, `/data/*.tar` or `/data/{split}-*.tar`.
         dataset_name (`str`, *optional*): a data set's name on the Hub; one of the two must be given.
-        split (`str`): the split's name.
+        split (`str`): the split's name, or several joined by `+`, as of a data set of the Hub, so of parquet files.
         image_column (`str`): left encoded if it holds pictures.
         streaming (`bool`): read in sequence, shard by shard, nothing downloaded, converted or indexed before.
 
@@ -80,10 +81,14 @@ def load_rows(
 
 
 def _load_folder(folder: Path, split: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset | TarRows:
-    parquet = sorted(str(path) for path in (*folder.glob(f"{split}.parquet"), *folder.glob(f"{split}-*.parquet")))
-    if parquet:
+    parts = {part: (*folder.glob(f"{part}.parquet"), *folder.glob(f"{part}-*.parquet")) for part in split.split("+")}
+    if any(parts.values()):
+        missing = [part for part, paths in parts.items() if not paths]
+        if missing:
+            raise OSError(f"Of {split} there is neither {missing[0]}.parquet nor {missing[0]}-*.parquet in {folder}.")
+        parquet, name = [path for paths in parts.values() for path in sorted(map(str, paths))], next(iter(parts))
         _check_complete(parquet)
-        return datasets.load_dataset("parquet", data_files={split: parquet}, split=split, streaming=streaming)
+        return datasets.load_dataset("parquet", data_files={name: parquet}, split=name, streaming=streaming)
     tars = _find_tars(folder, split)
     if tars:
         _check_complete(map(str, tars))
@@ -114,11 +119,11 @@ def _find_tars(folder: Path, split: str) -> list[Path]:
     if "*" in str(folder):
         if "{split}" not in str(folder) and split != "train":
             raise ValueError("a pattern without {split} is the split 'train'")
-        found = glob.glob(str(folder).replace("{split}", split), recursive=True)
-        wrong = [path for path in found if not path.endswith(".tar")]
+        names = glob.glob(str(folder).replace("{split}", split), recursive=True)
+        wrong = [path for path in names if not path.endswith(".tar")]
         if wrong:
             raise ValueError(f"{wrong[0]} is no .tar file, of which a pattern has to be")
-        return sorted(map(Path, found))
+        return sorted(map(Path, names))
     patterns = [f"{split}.tar", f"{split}-*.tar", f"{split}/*.tar"]
     found = sorted(path for pattern in patterns for path in folder.glob(pattern))
     return found or (sorted(folder.glob("*.tar")) if split == "train" else [])
@@ -219,16 +224,21 @@ class CaptionImageReader:
                 raise ValueError(f"The data has no column {column!r}; it has {sorted(rows.column_names)}.")
         if tokens_column is not None:
             _check_tokens(tokens_column, getattr(rows, "features", {}).get(tokens_column))
-        self.rows = rows.select_columns(columns)  # the others are not read
+        self.rows: Any = rows.select_columns(columns)  # the others are not read
         self.seed, self.image_processor, self.augmentation = seed, image_processor, augmentation
         self.image_column, self.caption_column, self.tokens_column = image_column, caption_column, tokens_column
         self.caption_dropout, self.caption_word_dropout = caption_dropout, caption_word_dropout
         self.is_training = is_training
 
+    def read_all(self) -> Iterator[tuple[int | str, dict | ValueError]]:
+        """The name of each row with its item or, where the row cannot be used, the error, in order."""
+        raise NotImplementedError
+
     def make_item(self, row: dict, *place: int) -> dict:
         """The item of a row at (epoch, row) or (epoch, shard, row); a `ValueError` says what is wrong with it."""
         key = (self.seed, *place)
-        rng, item = np.random.default_rng(key), {"key": key}
+        rng = np.random.default_rng(key)
+        item: dict[str, Any] = {"key": key}
         if self.caption_column is not None:
             item["caption"] = self._choose_caption(row[self.caption_column], rng)
         if self.tokens_column is not None:
@@ -280,7 +290,7 @@ class CaptionImageDataset(CaptionImageReader, Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         epoch, first = key if isinstance(key, tuple) else (0, key)
-        skipped = {}
+        skipped: dict[int | str, str] = {}
         for num_broken in range(min(len(self), MAX_BROKEN_ROWS)):
             try:
                 return {**self.read_row((first + num_broken) % len(self), epoch), "skipped": skipped}
