@@ -26,7 +26,7 @@ from hf_dalle.metrics import psnr
 
 CONFIGS = ROOT / "training" / "configs" / "study"
 TEMPLATE = ROOT / "docs" / "dvae_study_template.md"
-SMALL = {"max_train_steps": 4, "train_batch_size": 4, "checkpointing_steps": 2, "validation_steps": 2}
+SMALL = {"max_train_steps": 2, "train_batch_size": 4, "checkpointing_steps": 2, "validation_steps": 2}
 SMALL |= {"logging_steps": 1, "mixed_precision": "no", "report_to": "none", "lr_warmup_steps": 1}
 PRIOR = {"hidden_size": 32, "num_attention_heads": 2}
 
@@ -130,7 +130,7 @@ def _run_the_rest(args, runs):
         with torch.random.fork_rng(devices=[]):
             mains[run.script](run.command()[2:])
         mark_done(args, run)
-    assert {len(read_log(args.run(name))) for name in args.dvaes + args.priors} == {4}
+    assert {len(read_log(args.run(name))) for name in args.dvaes + args.priors} == {2}
 
 
 @torch.no_grad()
@@ -171,17 +171,36 @@ def test_a_run_of_other_settings_is_not_taken_for_done(study, tmp_path):
     mark_done(args, run)
     assert is_done(args, run)
     args.config(run.name).write_text(yaml.safe_dump({**shrink(run.name), "learning_rate": 1.0}))
-    with pytest.raises(ValueError, match="other settings than it has now"):
+    with pytest.raises(ValueError, match="dvae_gumbel was run by other settings than there are now, of dvae_gumbel"):
         is_done(args, list_runs(args)[0])
 
 
-def test_a_run_that_fails_is_not_done(study, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+def test_a_run_whose_input_was_made_anew_is_not_taken_for_done(study, tmp_path):
     args = read_args(study)
-    args.runs_dir, args.data_dir = str(tmp_path / "runs"), str(tmp_path / "nowhere")
+    args.runs_dir, args.config_dir = str(tmp_path / "runs"), str(tmp_path / "configs")
+    shutil.copytree(study.parent / "configs", args.config_dir)
+    for run in list_runs(args):
+        mark_done(args, run)
+    assert all(is_done(args, run) for run in list_runs(args))
+    args.config("dvae_nearest").write_text(yaml.safe_dump({**shrink("dvae_nearest"), "learning_rate": 1.0}))
+    runs = {run.name: run for run in list_runs(args)}
+    mark_done(args, runs["dvae_nearest"])  # as if run again
+    for name, run in runs.items():
+        if name in ("tokens_dvae_nearest", "prior_nearest"):
+            with pytest.raises(ValueError, match=f"{name} was run by other settings .* of dvae_nearest"):
+                is_done(args, run)
+        else:
+            assert is_done(args, run)
+
+
+def test_a_run_that_fails_is_not_done(study, tmp_path, monkeypatch):
+    (tmp_path / "train.py").write_text("raise SystemExit(3)")  # a process that fails, without what train.py imports
+    monkeypatch.setattr(dvae_study, "SCRIPTS", tmp_path)
+    args = read_args(study)
+    args.runs_dir = str(tmp_path / "runs")
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(vars(args)))
-    with pytest.raises(ValueError, match="dvae_gumbel ended with exit code 1"):
+    with pytest.raises(ValueError, match="dvae_gumbel ended with exit code 3"):
         dvae_study.main([str(path), "--do", "next"])
     assert not is_done(args, list_runs(args)[0])
 

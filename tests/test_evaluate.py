@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from arguments import parse_arguments
+from evaluation_log import list_test_splits
 from PIL import Image
 from tiny import build_pipeline
 from tiny_training import COLOURS, ROOT, draw_picture, write_parquet
@@ -456,7 +457,7 @@ def test_the_recipe_measures_no_test_split_by_itself(capsys):
     args = parse_arguments(
         [str(configs / "emoji_mini_evaluate.yaml")], evaluate_concepts.ConceptArguments, "evaluate.py"
     )
-    assert args.splits and not args.test_splits and args.evaluation_log
+    assert args.splits and not list_test_splits(args.splits) and args.evaluation_log
     assert args.sample_prompts and args.num_sample_images > 1
     with pytest.raises(SystemExit):
         parse_arguments([str(configs / "emoji_mini_evaluate.yaml"), "--help"], evaluate_concepts.ConceptArguments)

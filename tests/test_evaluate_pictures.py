@@ -18,12 +18,13 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDif
 from evaluation import pictures, stored
 from evaluation.run import load_measurements
 from evaluation.settings import EvaluationArguments
+from evaluation_log import digest_checkpoint, log_run
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_data import list_rows, write_parquet
-from tiny_evaluation import build_home, make_evaluation, make_settings, read_report, write_config
+from tiny_evaluation import build_home, make_evaluation, make_settings, read_report, write_config, write_rows
 from tiny_processes import finish, fork, make_ranks, run_script, wait_until
 from tiny_training import ROOT
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -304,20 +305,23 @@ def test_a_run_goes_on_only_with_its_own_settings(home, tmp_path):
             run(home, tmp_path / "out", **settings)
 
 
+def test_a_drawing_that_was_killed_goes_on_in_two_processes(home, drawn, tmp_path):
+    (process,) = start(home, tmp_path / "out")
+    wait_until(lambda: len(read_pictures(tmp_path / "out")) >= 5, process)
+    process.kill()
+    assert finish(process) == [-9] and 5 <= len(read_pictures(tmp_path / "out")) < 20
+    codes = finish(*start(home, tmp_path / "out", num_processes=2))
+    assert codes == [0, 0], (tmp_path / "out.txt").read_text()
+    check_same(tmp_path / "out", drawn)
+
+
+@pytest.mark.slow
 def test_two_processes_draw_the_same(home, drawn, tmp_path):
     assert finish(*start(home, tmp_path / "out", num_processes=2)) == [0, 0], (tmp_path / "out.txt").read_text()
     check_same(tmp_path / "out", drawn)
 
 
-def test_a_drawing_that_was_killed_goes_on(home, drawn, tmp_path):
-    (process,) = start(home, tmp_path / "out")
-    wait_until(lambda: len(read_pictures(tmp_path / "out")) >= 5, process)
-    process.kill()
-    assert finish(process) == [-9] and 5 <= len(read_pictures(tmp_path / "out")) < 20
-    run(home, tmp_path / "out", num_captions=None)
-    check_same(tmp_path / "out", drawn)
-
-
+@pytest.mark.slow  # in one process, test_evaluation_elb.py and _reranking.py lose stored work and take it up
 def test_a_measurement_that_was_killed_goes_on_in_any_number_of_processes(home, measured, tmp_path):
     folder = tmp_path / "out"
     (process,) = start(home, folder, measure=ELB)
@@ -327,6 +331,29 @@ def test_a_measurement_that_was_killed_goes_on_in_any_number_of_processes(home, 
     assert finish(*start(home, folder, num_processes=2, measure=ELB)) == [0, 0], (tmp_path / "out.txt").read_text()
     check_same(folder, measured)
     assert read_report(folder)["measurements"]["elb"]["settings"]["num_samples"] == 2
+
+
+def test_a_run_that_touches_a_test_split_is_logged_before_it_draws(home, tmp_path):
+    write_rows(tmp_path / "data", ("train", "test_new"))
+    save_pictures(tmp_path / "theirs", [f"test_new-{row:06d}" for row in range(20)])
+    log = tmp_path / "logs" / "runs.jsonl"
+    given = {"data_dir": str(tmp_path / "data"), "splits": ["train", "test_new"], "num_captions": 2}
+    with pytest.raises(ValueError, match="`evaluation_log` is missing, but test_new is measured: runs are logged"):
+        run(home, tmp_path / "out", **given, evaluation_log=None)
+    given |= {"splits": ["test_new"], "evaluation_log": str(log)}
+    with pytest.raises(ValueError, match="needs the columns of prepare_shapes"):
+        run(home, tmp_path / "out", **given, measure={"shapes": {}})  # a mistake found first is not logged
+    assert not log.exists()
+    theirs = {"name": "theirs", "images": str(tmp_path / "theirs")}
+    models = [{**ours(home), "generation": {"num_prefix_rows": 2}}, {**ours(home), "name": "again"}, theirs]
+    with pytest.raises(ValueError, match="`image` and `num_prefix_rows` belong together"):
+        run(home, tmp_path / "drawn", **given, models=models)  # at the first picture
+    first, second = lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert first["checkpoint"] == digest_checkpoint(home / "checkpoint") != second["checkpoint"]
+    about = {"splits": ["test_new"], "seed": 0, "evaluation": "tiny"}
+    assert all(line.items() >= about.items() and {"date", "checkpoint", *about} == {*line} for line in lines)
+    assert log_run(str(log), ["validation"], ["x"]) == lines and log_run(None, ["validation"], ["x"]) == []
+    assert len(log.read_text().splitlines()) == 2
 
 
 def build_diffusion(folder):

@@ -103,6 +103,7 @@ def test_a_run_that_lost_work_gives_the_same_figures_and_other_settings_take_non
     assert other["models"]["ours"] != first["models"]["ours"]
     fewer = elb.measure(make_evaluation(home, tmp_path / "run", num_captions=None), elb.Settings(2, max_rows=5))
     assert fewer["models"]["ours"]["validation"]["num_pictures"] == 5
+    assert elb.choose_measured(list(range(7, 27)), elb.Settings(2, max_rows=5)) == [7, 11, 15, 19, 23]
 
 
 def measure_in_rank(home, output_dir, models):

@@ -125,6 +125,13 @@ def test_fidelity_leaves_out_what_overlaps(evaluation):
     assert "no curve without overlap. There are 0 real (without overlap) pictures" in given.notes[-1]
 
 
+def test_what_is_counted_is_what_is_left_out():
+    similarities = np.array([0.9, 0.5], dtype=np.float32)  # of which the first is 0.89999998
+    assert similarities[0] >= 0.9  # as numpy has it, which rounds 0.9 too; report and page count in float64
+    assert not overlap.find_from(similarities, 0.9).any() and overlap.count_from(similarities, 0.9) == 0
+    assert overlap.find_from(similarities, float(similarities[0])).tolist() == [True, False]
+
+
 def test_fewer_training_pictures(evaluation):
     found = find_overlap(evaluation, Settings(num_train_pictures=2))
     assert set(found["nearest"].tolist()) <= {0, 1}

@@ -60,7 +60,9 @@ def make(home, output_dir, *names, **given):
 
 def test_the_whole_run(home, tmp_path):
     given = {"splits": SPLITS, "num_captions": None, "models": list_models(home), "batch_size": 8}
-    config = write_config(make_settings(home, tmp_path / "run", **given, measure={"shapes": {"num_chances": 3}}))
+    config = write_config(
+        make_settings(home, tmp_path / "run", **given, measure={"shapes": {"num_chances": 3, "num_shown": 2}})
+    )
     evaluate.main([str(config)])
     report = read_report(tmp_path / "run")
     figures = report["measurements"]["shapes"]["figures"]
@@ -90,7 +92,9 @@ def test_two_processes_find_what_one_finds(home, tmp_path):
     found = []
     for name, ranks in (("one", [{}]), ("two", make_ranks(2))):
         given = {"splits": SPLITS, "num_captions": 5, "models": list_models(home, "half", "ours"), "batch_size": 4}
-        config = write_config(make_settings(home, tmp_path / name, **given, measure={"shapes": {"num_chances": 2}}))
+        config = write_config(
+            make_settings(home, tmp_path / name, **given, measure={"shapes": {"num_chances": 2, "num_shown": 1}})
+        )
         argv = [str(ROOT / "training" / "evaluate.py"), str(config)]
         processes = [
             fork(run_script, argv, output=tmp_path / f"{name}.txt", environment={**rank, "OMP_NUM_THREADS": "1"})
@@ -104,11 +108,11 @@ def test_two_processes_find_what_one_finds(home, tmp_path):
 def test_stored_verdicts_are_taken_and_those_of_another_checker_are_not(home, tmp_path, monkeypatch):
     evaluation = make(home, tmp_path / "run", "half")
     evaluation.folder.mkdir(parents=True)
-    before = shapes.measure(evaluation, shapes.Settings(num_chances=1))
+    before = shapes.measure(evaluation, shapes.Settings(num_chances=1, num_shown=1))
     monkeypatch.setattr(shapes, "read_picture", lambda image: [])  # would find nothing right
-    assert shapes.measure(evaluation, shapes.Settings(num_chances=1)) == before
+    assert shapes.measure(evaluation, shapes.Settings(num_chances=1, num_shown=1)) == before
     monkeypatch.setattr(shapes, "_digest_checker", lambda: "another")
-    after = shapes.measure(evaluation, shapes.Settings(num_chances=1))
+    after = shapes.measure(evaluation, shapes.Settings(num_chances=1, num_shown=1))
     assert after["real"]["train"]["all"]["right"]["value"] == 0
     assert any("The checker finds 0.0% of the real pictures right" in note for note in evaluation.notes)
     assert json.dumps(after, allow_nan=False)

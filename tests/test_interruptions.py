@@ -114,9 +114,11 @@ def test_a_signal_costs_nothing(home, whole, tmp_path, happening, step):
     assert (tmp_path / "run" / "config.json").exists()
 
 
-@pytest.mark.parametrize(("number", "num_workers"), [(signal.SIGTERM, 2), (signal.SIGUSR1, 0)])
+@pytest.mark.parametrize(("number", "num_workers"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)])
 def test_a_real_process_ends_as_schedulers_understand(home, tmp_path, number, num_workers):
+    """In a process that starts others by a server, as Python 3.14 does: the loader's workers must not be such."""
     settings = build_settings(home, tmp_path / "run", max_train_steps=10000, dataloader_num_workers=num_workers)
+    settings |= {"validation_split": None, "validation_steps": 5000, "logging_steps": 1}
     process = fork_run({**settings, "checkpointing_steps": 5000})
     wait_until(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), process)
     os.killpg(process.pid, number)  # the loader's workers get it too, as from Slurm
@@ -125,7 +127,7 @@ def test_a_real_process_ends_as_schedulers_understand(home, tmp_path, number, nu
     assert (
         step % 5000 and f"Stopped after update {step}; the same command goes on" in (tmp_path / "run.txt").read_text()
     )
-    log = run(settings, "--max_train_steps", str(step + 1))
+    log = run(settings, "--max_train_steps", str(step + 1), "--dataloader_num_workers", "0")
     assert [row["step"] for row in log][-1] == step + 1
 
 

@@ -193,15 +193,15 @@ ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2")
 
 
+@pytest.mark.slow  # what such launches leave in the environment is refused above
 @pytest.mark.parametrize(
     "launcher, environment, words",
     [
         ((*ACCELERATE, "--cpu", "--num_processes", "2"), {}, "asked for several processes, but only 1 takes part"),
-        pytest.param(
+        (
             TORCHRUN,
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
             "asked for FSDP, but Accelerate gives MULTI_CPU",
-            marks=pytest.mark.slow,
         ),
     ],
     ids=["accelerate", "torchrun"],

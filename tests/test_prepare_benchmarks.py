@@ -68,7 +68,7 @@ def run_recipe(name, home, folder, data, **settings):
     """A recipe on prepared data, its models and measurements made tiny; gives the report."""
     given = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     EvaluationArguments(**given)  # as it stands
-    given |= {"data_dir": str(data), "output_dir": str(folder / "out")}
+    given |= {"data_dir": str(data), "output_dir": str(folder / "out"), "evaluation_log": str(folder / "log.jsonl")}
     for model in given["models"]:
         model["pipeline"] = str(home / "checkpoint")
     measure = {"fidelity": FEW["fidelity"], "elb": {"num_samples": 2}}
@@ -116,6 +116,8 @@ def test_cub_from_its_files_to_a_report(home, tmp_path):
     assert store.ids[:4] == [f"{stems[0]}-{number}" for number in range(3)] + [f"{stems[1]}-0"]
     assert len(set(store.captions)) == 9 and "this is a bird" in store.captions
     assert report["data"]["splits"]["test"] == {"num_captions": 9, "num_pictures": 4}
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert json.loads(line)["splits"] == ["test"] and json.loads(line)["evaluation"] == "cub"
     assert "every caption that is unique" in (tmp_path / "out" / "report.md").read_text()
 
 

@@ -207,6 +207,19 @@ def test_files_are_what_training_reads(folder):
     assert "397 of the 1,984 triples" in " ".join((folder / "README.md").read_text().split())
 
 
+@pytest.mark.parametrize("num_train", [1, 400])
+def test_the_readme_says_whether_training_has_every_word(tmp_path, num_train):
+    prepare_shapes.prepare(tmp_path, {**NUM_ROWS, "train": num_train}, size=32)
+    words = {}
+    for split in SPLITS:
+        texts = [text for row in load_rows(str(tmp_path), split=split) for text in row["captions"]]
+        words[split] = {*" ".join(texts).split()}
+    unseen = sorted(set().union(*words.values()) - words["train"])
+    text = " ".join((tmp_path / "README.md").read_text().split())
+    assert bool(unseen) == (num_train == 1) and ", ".join(unseen) in text
+    assert ("every word of the other splits' captions stands" in text) == (num_train == 400)
+
+
 def test_the_same_seed_gives_the_same_files_and_another_others(folder, tmp_path):
     prepare_shapes.prepare(tmp_path / "same", NUM_ROWS, size=48)
     prepare_shapes.prepare(tmp_path / "other", NUM_ROWS, size=48, seed=1)

@@ -58,6 +58,7 @@ def test_from_nothing_to_the_report(tmp_path):
     assert DALLEPipeline.from_pretrained(checkpoint).prior.generation_config.guidance_scale == 2.0
 
     settings = {**read("eval_shapes"), "output_dir": str(tmp_path / "evaluation"), "data_dir": str(data)}
+    settings["evaluation_log"] = str(tmp_path / "evaluations.jsonl")
     settings |= {"num_captions": 2, "batch_size": 2}
     (model,) = settings["models"]
     config = {"dvae": str(CONFIGS / "shapes_dvae.yaml"), "prior": str(CONFIGS / "shapes_prior.yaml")}

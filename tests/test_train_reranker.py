@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -141,6 +142,21 @@ def test_it_goes_into_a_pipeline_and_ranks_there(trained, tmp_path, capsys):
     ):
         with pytest.raises(OSError, match=words):
             add_reranker(*places)
+
+
+def test_a_reranker_that_cannot_be_loaded_leaves_the_pipeline_as_it_was(trained, tmp_path):
+    build_pipeline(**build_reranker()).save_pretrained(tmp_path / "pipe")
+    shutil.copytree(trained, tmp_path / "broken", ignore=shutil.ignore_patterns("checkpoint-*", "validation"))
+    weights = (trained / "model.safetensors").read_bytes()
+    (tmp_path / "broken" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+
+    def read_all():
+        return {path: path.read_bytes() for path in (tmp_path / "pipe").rglob("*") if path.is_file()}
+
+    before = read_all()
+    with pytest.raises(ValueError, match="cannot be loaded with this reranker, and stays as it is"):
+        add_reranker(tmp_path / "broken", tmp_path / "pipe")
+    assert read_all() == before and not list((tmp_path / "pipe").rglob("*.new"))
 
 
 def test_a_run_that_is_killed_goes_on_bit_for_bit(home, tmp_path):

@@ -36,6 +36,15 @@ def test_two_folders_are_paired_by_row(tmp_path):
     assert given.models == ("A", "B") and given.captions == {"row-2": "two", "row-0": "none"}
 
 
+def test_pictures_of_other_captions_are_told(tmp_path, caplog):
+    first, second = write_pictures(tmp_path)
+    assert not open_pairs(first, second).stores[MODELS[0]].missing() and not caplog.records
+    lines = [{"file_name": f"row-{i}.png", "id": f"row-{i}", "caption": "something else"} for i in range(4)]
+    (second / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    open_pairs(first, second)
+    assert f"{MODELS[1]}: 4 pictures were made from another caption than the row's" in caplog.text
+
+
 def test_the_fingerprint_is_of_the_pictures(tmp_path):
     first, second = write_pictures(tmp_path)
     before = open_pairs(first, second).fingerprint

@@ -15,12 +15,13 @@ from evaluation.vote_counts import (
     draw_chart,
     find_majority,
     measure_agreement,
-    wilson_interval,
 )
 from evaluation.votes import NEITHER
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_votes import make_study, make_vote
+
+from hf_dalle.metrics import wilson_interval
 
 
 def make_votes(table):

@@ -4,26 +4,22 @@ Needs the `demo` extra, selenium, and a Chromium with its driver; `make test-bro
 """
 
 import base64
-import http.client
 import io
 import json
-import os
-import shutil
-import time
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import pytest
 from evaluation.votes import read_votes
 from PIL import Image
+from tiny_browser import ask, list_addresses, open_browser, request, save_screenshot, wait_for
 from tiny_votes import CAPTION, COLOURS, MODELS, serve, start_server, write_pictures
 
 
 pytestmark = pytest.mark.browser
 
-PATIENCE = 600  # seconds; the machine may be busy
 # A voter of a page's own: answers by clicks, as fast as the page lets it, presses the button again where nothing
 # happened for some seconds, and remembers what was confirmed.
 AUTOPILOT = """
@@ -53,36 +49,6 @@ window.pilot = setInterval(() => {
 """
 
 
-@contextmanager
-def open_browser():
-    """A headless Chromium of its own, with nothing but this machine within reach."""
-    webdriver = pytest.importorskip("selenium.webdriver")
-    binary = shutil.which("chromium") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    assert binary and driver, "chromium and chromedriver are not installed: make test-browser gets them"
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for option in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--window-size=1000,1200",
-        "--host-resolver-rules=MAP *.test 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-        "--disable-background-timer-throttling",
-        "--disable-backgrounding-occluded-windows",
-        "--disable-renderer-backgrounding",
-    ):
-        options.add_argument(option)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    browser.set_page_load_timeout(PATIENCE)
-    try:
-        yield browser
-    finally:
-        browser.quit()
-
-
 def open_voters(browser, url, names):
     """A window for each, under hosts of their own, since a browser's memory is a host's; gives the handles."""
     handles = []
@@ -91,21 +57,6 @@ def open_voters(browser, url, names):
         browser.get(url.replace("127.0.0.1", f"{name}.test"))
         handles.append(browser.current_window_handle)
     return handles
-
-
-def wait_for(function):
-    """What the function gives, as soon as that is true."""
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        value = function()
-        if value:
-            return value
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def ask(browser, script):
-    return browser.execute_script(f"return {script}")
 
 
 def read_caption(browser):
@@ -126,20 +77,6 @@ def read_sides(browser):
     });"""
     of_colour = {colour: name for name, colour in COLOURS.items()}
     return [of_colour[colour] for colour in browser.execute_script(script)]
-
-
-def save_screenshot(browser, name):
-    """Where a person wants to look: HF_DALLE_SCREENSHOTS names a folder."""
-    folder = os.environ.get("HF_DALLE_SCREENSHOTS")
-    if folder:
-        browser.save_screenshot(f"{folder}/{name}.png")
-
-
-def list_addresses(browser):
-    """Of all that the browser has asked for."""
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    return [params["request"]["url"] for params in asked]
 
 
 def test_a_voter_with_the_keyboard_alone(tmp_path):
@@ -286,17 +223,6 @@ def read_cookie(url, brought=""):
     return cookie
 
 
-def request(url, method, path, body=b"", headers=None):
-    parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=PATIENCE)
-    try:
-        connection.request(method, path, body, headers or {})
-        answer = connection.getresponse()
-        return answer.status, answer.read()
-    finally:
-        connection.close()
-
-
 def test_nothing_else_is_served_and_posts_are_bounded(tmp_path):
     write_pictures(tmp_path)
     picture = tmp_path / MODELS[0] / "row-0.png"
@@ -327,6 +253,8 @@ def test_nothing_else_is_served_and_posts_are_bounded(tmp_path):
         for data in ((), ("x",), (None, None, None), ({"a": 1}, "left", "left"), ("x", "ours", "left")):
             for number in (0, 1, 2, 99):
                 post(number, *data, cookie=cookie)
+        file = {"path": "x", "url": url, "meta": {"_type": "gradio.FileData"}}  # which gradio would fetch
+        assert post(1, file, "left", "left", cookie=cookie)[0] == 400
         assert read_votes(tmp_path / "votes.jsonl")[1] == []
         for wrong in ("", cookie[:-1], "voter=1"):
             status, answer = post(0, cookie=wrong)

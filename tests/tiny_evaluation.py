@@ -39,6 +39,7 @@ def make_settings(home: Path, output_dir: Path, **settings) -> dict:
         "name": "tiny",
         "output_dir": str(output_dir),
         "data_dir": str(home / "data"),
+        "evaluation_log": str(Path(output_dir).with_suffix(".jsonl")),
         "num_captions": 6,
         "batch_size": 2,
         "models": [{"name": "ours", "pipeline": str(home / "checkpoint")}],

@@ -62,19 +62,20 @@ class StudyArguments:
 
 @dataclass
 class Run:
-    """One piece of the study: a script with its options, done once its mark is there."""
+    """One piece of the study: a script with its options, done once its mark is there; `after`: what it reads."""
 
     name: str
     script: str
     options: list[str]
     config: Path | None = None
+    after: "tuple[Run, ...]" = ()
 
     def command(self) -> list[str]:
         config = [] if self.config is None else [str(self.config)]
         return [sys.executable, str(SCRIPTS / self.script), *config, *self.options]
 
     def fingerprint(self) -> str:
-        """Of script, options and the content of the YAML file."""
+        """Of script, options and the content of the YAML file; not of what it reads."""
         content = "" if self.config is None else self.config.read_text(encoding="utf-8")
         return hashlib.sha256(json.dumps([self.script, self.options, content]).encode()).hexdigest()
 
@@ -116,15 +117,17 @@ def list_runs(args: StudyArguments) -> list[Run]:
     options = ["--train_data", f"{args.data_dir}/train.parquet", "--caption_column", args.caption_column]
     options += ["--vocab_size", str(args.text_vocab_size), "--text_length", str(args.text_length)]
     runs.append(Run("tokenizer", "train_tokenizer.py", [*options, "--output_dir", str(args.run("tokenizer"))]))
-    dvaes = {name: find_dvae(args, name) for name in args.priors}
+    dvaes, of = {name: find_dvae(args, name) for name in args.priors}, {run.name: run for run in runs}
     for dvae in dict.fromkeys(dvaes.values()):
         options = ["--dvae", str(args.run(dvae)), *data, "--splits", "train", "validation"]
         options += ["--output_dir", str(args.run(f"tokens_{dvae}"))]
-        runs.append(Run(f"tokens_{dvae}", "precompute_image_tokens.py", options))
+        of[f"tokens_{dvae}"] = Run(f"tokens_{dvae}", "precompute_image_tokens.py", options, after=(of[dvae],))
+        runs.append(of[f"tokens_{dvae}"])
     for name, dvae in dvaes.items():
         options = ["--output_dir", str(args.run(name)), "--train_data_dir", str(args.run(f"tokens_{dvae}"))]
         options += ["--dvae", str(args.run(dvae)), "--tokenizer", str(args.run("tokenizer"))]
-        runs.append(Run(name, "train.py", options, args.config(name)))
+        after = (of["tokenizer"], of[dvae], of[f"tokens_{dvae}"])
+        runs.append(Run(name, "train.py", options, args.config(name), after))
     return runs
 
 
@@ -141,23 +144,32 @@ def find_mark(args: StudyArguments, run: Run) -> Path:
 
 
 def is_done(args: StudyArguments, run: Run) -> bool:
-    """Whether a run has ended, by the settings that it has now."""
+    """Whether a run has ended, by the settings that it and what it reads have now."""
     path = find_mark(args, run)
     if not path.is_file():
         return False
-    if json.loads(path.read_text(encoding="utf-8"))["fingerprint"] != run.fingerprint():
+    mark, after = json.loads(path.read_text(encoding="utf-8")), list_fingerprints(run)
+    changed = [run.name] if mark["fingerprint"] != run.fingerprint() else []
+    changed += [name for name, before in mark.get("after", {}).items() if before != after.get(name)]
+    if changed:
         raise ValueError(
-            f"{run.name} was run by other settings than it has now. Delete {path} and {args.run(run.name)} to run it"
-            " again."
+            f"{run.name} was run by other settings than there are now, of {', '.join(changed)}. Delete {path} and"
+            f" {args.run(run.name)} to run it again."
         )
     return True
+
+
+def list_fingerprints(run: Run) -> dict[str, str]:
+    """Of what a run reads."""
+    return {one.name: one.fingerprint() for one in run.after}
 
 
 def mark_done(args: StudyArguments, run: Run) -> None:
     path = find_mark(args, run)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps({"fingerprint": run.fingerprint(), "command": run.command()[1:]}), encoding="utf-8")
+    mark = {"fingerprint": run.fingerprint(), "after": list_fingerprints(run), "command": run.command()[1:]}
+    beside.write_text(json.dumps(mark), encoding="utf-8")
     beside.replace(path)
 
 

@@ -7,8 +7,6 @@ The entry is `evaluate.py`; what is measured of any model's pictures lives in `e
 
 import csv
 import datetime
-import hashlib
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ import torch
 from arguments import STAGES, check_names, parse_arguments
 from copies import measure_copies
 from describe_run import describe_model, describe_stage
+from evaluation_log import check_log, digest_checkpoint, log_run
 from judge import Judge, extract_features, load_judge, name_judge, reference_features
 from PIL import Image
 from report import ROWS, write_report
@@ -54,7 +53,7 @@ class ConceptArguments:
         metadata={"help": "CSV of hexcode,style: rows of train that trained nothing, to measure as split `fold`."},
     )
     evaluation_log: str | None = field(
-        default=None, metadata={"help": "JSON lines, one for each run that touched a split named test_*."}
+        default=None, metadata={"help": "JSON lines, one for each run that touched a split named test..."}
     )
     num_train_pictures: int = field(default=302, metadata={"help": "Sample of train, the same at each run."})
     seed: int = field(default=0, metadata={"help": "Of the sample, the drawings and the intervals."})
@@ -86,18 +85,13 @@ class ConceptArguments:
             raise ValueError(f"`splits` is {self.splits}; expected different ones, and `fold_file` for a fold.")
         if not self.splits and self.fold_file is None:
             raise ValueError("`splits` is empty and there is no `fold_file`: there is nothing to measure.")
-        if self.test_splits and self.evaluation_log is None:
-            raise ValueError(f"`evaluation_log` is missing, but {self.test_splits[0]} is measured: runs are logged.")
+        check_log(self.splits, self.evaluation_log)
         check_names(self.num_processes, STAGES, "`num_processes`")
         if any(not isinstance(number, int) or number < 1 for number in self.num_processes.values()):
             raise ValueError(f"`num_processes` is {self.num_processes}; expected whole numbers from 1.")
         for stage in STAGES:
             if getattr(self, f"{stage}_run") and not getattr(self, f"{stage}_config"):
                 raise ValueError(f"`{stage}_run` needs `{stage}_config`, which says how many pictures an update has.")
-
-    @property
-    def test_splits(self) -> list[str]:
-        return [split for split in self.splits if split.startswith("test")]
 
 
 @dataclass
@@ -147,7 +141,7 @@ def main(argv: list[str]) -> None:
     check_judgeable(judges[SIDES[0]], {**named, "fold": train.select(fold)} if fold else named, {"train": sample})
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=args.output_dir).close()  # a folder that takes no files is found now
-    runs = log_run(args)
+    runs = log_run(args.evaluation_log, args.splits, [digest_checkpoint(Path(args.checkpoint))], seed=args.seed)
 
     splits = {name: read_split(name, rows, sample if name == "train" else None) for name, rows in sources.items()}
     if fold:
@@ -244,23 +238,6 @@ def choose_sample(train: datasets.Dataset, num_pictures: int, seed: int, left_ou
         raise ValueError("No two training pictures show the same concept (`hexcode`): there is nothing to judge by.")
     chosen = np.random.default_rng(seed).permutation(rows)[:num_pictures]
     return sorted(chosen.tolist())
-
-
-def log_run(args: ConceptArguments) -> list[dict]:
-    """Adds this run to the log, if it touches a test split; gives all runs in it."""
-    path = Path(args.evaluation_log) if args.evaluation_log else None
-    if args.test_splits:
-        digest = hashlib.sha256()
-        for part in ("prior", "dvae"):
-            for weights in sorted((Path(args.checkpoint) / part).glob("*.safetensors")):
-                digest.update(weights.read_bytes())
-        run = {"date": datetime.date.today().isoformat(), "checkpoint": digest.hexdigest()[:12]}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**run, "splits": args.test_splits, "seed": args.seed}) + "\n")
-    if path is None or not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def read_split(name: str, rows: datasets.Dataset, chosen: Sequence[int] | None) -> Split:

@@ -5,6 +5,7 @@ Order and content of rows are `hf_dalle.row_order`'s and `hf_dalle.data`'s; the 
 
 import copy
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,10 @@ class _LaneBatches(IterableDataset):
 def _load(dataset: Any, num_workers: int, **kwargs) -> DataLoader:
     # A generator of its own: a loader must not draw from the one that dropout uses.
     settings = {"generator": torch.Generator(), "worker_init_fn": heed_parent_alone}
+    if num_workers and sys.platform == "linux":
+        # Also where Python's own way is another (from 3.14): a signal to all processes of the job would end the server
+        # that starts workers, and them with it, before the update that is to be finished has its batches.
+        settings["multiprocessing_context"] = "fork"
     return DataLoader(dataset, num_workers=num_workers, persistent_workers=num_workers > 0, **settings, **kwargs)
 
 

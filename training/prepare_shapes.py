@@ -75,13 +75,16 @@ def prepare(output_dir: Path, num_rows: dict[str, int], size: int = 60, seed: in
     output_dir.mkdir(parents=True, exist_ok=True)
     # The README says that the data is whole; there is none while files are of two runs.
     (output_dir / "README.md").unlink(missing_ok=True)
+    words = {}
     for split in SPLITS:
         examples = []
         for row in tqdm(range(num_rows[split]), desc=f"{split:>12}", unit="picture", mininterval=1):
             rng = np.random.default_rng((seed, SPLITS.index(split), row))
             examples.append(make_example(sample_scene(split, rng), rng, size))
         write_parquet(examples, output_dir / f"{split}.parquet")
-    (output_dir / "README.md").write_text(write_readme(num_rows, size, seed), encoding="utf-8")
+        words[split] = {word for example in examples for text in example["captions"] for word in text.split()}
+    unseen = sorted(set().union(*words.values()) - words["train"])
+    (output_dir / "README.md").write_text(write_readme(num_rows, size, seed, unseen), encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------ what is held out
@@ -229,8 +232,11 @@ def write_parquet(examples: list[dict], path: Path) -> None:
     os.replace(partial, path)
 
 
-def write_readme(num_rows: dict[str, int], size: int, seed: int) -> str:
-    """The text of the data's README: what it is, and what is held out."""
+def write_readme(num_rows: dict[str, int], size: int, seed: int, unseen: list[str]) -> str:
+    """The text of the data's README: what it is, what is held out, and which words `train` does not have."""
+    seen = "every word of the other splits' captions stands\nin `train`"
+    if unseen:
+        seen = f"`train` is so small that it lacks words\nof the other splits' captions: {', '.join(unseen)}"
     pairs = ", ".join(f"{colour} {shape}" for colour, shape in sorted(hold_out_pairs()))
     counts = "\n".join(f"| `{split}` | {num_rows[split]:,} |" for split in SPLITS)
     return f"""# Shapes with captions
@@ -243,9 +249,9 @@ Scenes of one thing, of two left of, right of, above or below each other, and of
 |---|---:|
 {counts}
 
-`train` and `validation` show neither the pairs nor the triples below; every word of the test splits' captions stands
-in `train`. `test_pairs` shows one of {len(hold_out_pairs())} of the {len(COLOURS) * len(SHAPES)} (colour, shape)
-pairs at least, in whatever size and number: {pairs}.
+`train` and `validation` show neither the pairs nor the triples below; {seen}.
+`test_pairs` shows one of {len(hold_out_pairs())} of the {len(COLOURS) * len(SHAPES)} (colour, shape) pairs at least,
+in whatever size and number: {pairs}.
 `test_triples` shows one of {len(hold_out_triples())} of the {len(list_triples()):,} triples
 (pair, left of or above, pair) of two different pairs that are in `train`; a triple is the same, said from the other
 side, and whatever the sizes.

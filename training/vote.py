@@ -67,7 +67,11 @@ class PicturePairs:
         self, names: Sequence[str], folders: Sequence[Path], rows, num_captions: int | None = None, seed: int = 0
     ):
         self.ids, self.captions = rows.ids, rows.captions
-        self.stores = {name: pair_folder(Path(folder), rows)[0] for name, folder in zip(names, folders, strict=True)}
+        self.stores = {}
+        for name, folder in zip(names, folders, strict=True):
+            self.stores[name], notes = pair_folder(Path(folder), rows)
+            for note in notes:
+                logger.warning("%s: %s", name, note)
         chosen = range(len(self.ids))
         if num_captions is not None and num_captions < len(self.ids):
             order = np.random.default_rng(make_seed(seed, "votes")).permutation(len(self.ids))

@@ -230,7 +230,8 @@ def logit_errors(dvae: DalleDVAE, pixel_values: torch.Tensor) -> torch.Tensor:
     B, of pictures B x 3 x H x W in [0, 1] the mean |logit(phi(x)) - logit(phi(shown))|, in float64, where `shown` is
     what the decoder makes of their argmax codes.
 
-    The ln of its mean over pictures, other ones than are measured, is the likeliest `log_b` of [`picture_log_prob`].
+    The ln of its mean over pictures, other ones than are measured, is the likeliest `log_b` of [`picture_log_prob`] at
+    these codes.
     """
     pixel_values = pixel_values.to(dvae.device, dvae.dtype)
     shown = _shown_logits(dvae, dvae.decode(dvae.encode(pixel_values).tokens))

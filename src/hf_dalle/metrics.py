@@ -1,9 +1,10 @@
-"""Figures of merit as pure functions: PSNR, bits a dimension, use of codes, ranks of concepts, a probe, the bootstrap.
+"""Figures of merit as pure functions: PSNR, bits a dimension, use of codes, ranks of concepts, a probe, intervals.
 
 Tensors in, numbers out. The network whose features are ranked lives in `training/judge.py`.
 """
 
 import math
+import statistics
 
 import numpy as np
 import torch
@@ -153,3 +154,20 @@ def bootstrap(
     rows = np.random.default_rng(seed).integers(len(array), size=(num_resamples, len(array)))
     low, high = np.quantile(array[rows].mean(1), [(1 - confidence) / 2, (1 + confidence) / 2])
     return {"value": float(array.mean()), "low": float(low), "high": float(high)}
+
+
+def wilson_interval(count: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+    """
+    Wilson's interval of a share: all p whose score test, |count / total - p| / sqrt(p (1 - p) / total), does not reach
+    the normal quantile. Stays inside [0, 1], and is no single point for none or all.
+
+    Args:
+        count (`int`): of those that are so.
+        total (`int`): of all, from 1.
+        confidence (`float`): of the interval.
+    """
+    z = statistics.NormalDist().inv_cdf(0.5 + confidence / 2)
+    share, spread = count / total, z * z / total
+    middle = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
+    return (0.0 if count == 0 else middle - half), (1.0 if count == total else middle + half)  # exact at the ends

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
+from report import spread
 
 from evaluation import pictures
 from hf_dalle import encode_captions
@@ -40,7 +41,9 @@ class Settings:
     """How the bound is measured."""
 
     num_samples: int = field(default=8, metadata={"help": "Samples of each picture's tokens from q(z | x)."})
-    max_rows: int | None = field(default=None, metadata={"help": "Of each split, the first so many rows; none: all."})
+    max_rows: int | None = field(
+        default=None, metadata={"help": "Of each split, so many rows, evenly over it; none: all."}
+    )
     scale: Literal["decoder", "fitted"] = field(
         default="decoder",
         metadata={"help": "Of the likelihood: the decoder's; fitted: a constant around what is shown."},
@@ -98,6 +101,11 @@ def find_obstacle(model: "Model") -> str | None:
     return None if kind == "DalleDVAE" else f"its {kind} has no likelihood of pixels"
 
 
+def choose_measured(rows: list[int], settings: Settings) -> list[int]:
+    """`max_rows` of a split's rows. Data often lie in the order of their classes, so that the first are of few."""
+    return [rows[place] for place in spread(len(rows), settings.max_rows or len(rows))]
+
+
 def choose_fit_rows(evaluation: "Evaluation", settings: Settings) -> pictures.Rows:
     """The pictures that a constant scale is fitted to."""
     changes = {"splits": [settings.fit_split], "num_captions": settings.num_fit_pictures, "captions": "first"}
@@ -108,7 +116,7 @@ def choose_fit_rows(evaluation: "Evaluation", settings: Settings) -> pictures.Ro
 def measure(evaluation: "Evaluation", settings: Settings) -> dict:
     """The figures of each model and split; all processes compute, the main one's value counts."""
     figures = {"settings": dataclasses.asdict(settings), "seed": evaluation.seed, "models": {}, "skipped": {}}
-    rows = {split: evaluation.rows.of_split(split)[: settings.max_rows] for split in evaluation.args.splits}
+    rows = {split: choose_measured(evaluation.rows.of_split(split), settings) for split in evaluation.args.splits}
     for name, model in evaluation.models.items():
         reason = find_obstacle(model)
         if reason is not None:

@@ -38,7 +38,7 @@ class FeatureNetwork:
     Attributes:
         suffix (`str`): what figures are named by, as in FD-EffLite0; empty for the reference Inception.
         words (`str`): what the report says of it.
-        digest (`str`): of its weights.
+        digest (`str`): of its weights, and of how pictures are prepared where that is no constant.
         forward (`Callable`): pictures, B x 3 x H x W, 8 bits, on the CPU, to B x D features and B x C logits or none.
         num_features (`int`): D.
         num_classes (`int`): C, or 0.
@@ -149,7 +149,8 @@ def _load_transformers(weights: str, device: torch.device | str) -> FeatureNetwo
 
     name = Path(weights).name
     words = f"{type(model).__name__} of {name}: its pooled features of a picture"
-    return FeatureNetwork(name, words, digest_weights(model), forward)
+    digest = hashlib.sha256((digest_weights(model) + processor.to_json_string()).encode()).hexdigest()[:16]
+    return FeatureNetwork(name, words, digest, forward)
 
 
 def _pool(output: Any) -> torch.Tensor:

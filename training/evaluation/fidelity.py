@@ -160,7 +160,7 @@ def find_kept(evaluation: Evaluation, settings: Settings, network: FeatureNetwor
     given = read_settings(overlap.Settings, evaluation.args.measure["overlap"], "`measure`, overlap")
     if given.threshold is None:
         return None
-    kept = overlap.find_overlap(evaluation, given)["similarities"] < given.threshold
+    kept = ~overlap.find_from(overlap.find_overlap(evaluation, given)["similarities"], given.threshold)
     try:
         check_number(int(kept.sum()), "real (without overlap)", network, settings)
     except ValueError as error:

@@ -15,6 +15,7 @@ import torch
 from arguments import check_names
 from describe_run import describe_model, describe_stage
 from diffusers import DiffusionPipeline
+from evaluation_log import digest_checkpoint
 
 from evaluation import pictures
 from evaluation.settings import ModelArguments
@@ -81,6 +82,11 @@ class Model:
     @property
     def is_dalle(self) -> bool:
         return self.class_name == "DALLEPipeline"
+
+    @property
+    def digest(self) -> str:
+        """By which the log of evaluations knows it: of a DALL-E's weights, else of all that it is made of."""
+        return digest_checkpoint(self.folder) if self.is_dalle else self.fingerprint[:12]
 
     def pipeline(self) -> DiffusionPipeline | None:
         """The pipeline, silent, on this process's device; `None` for a folder. Only the last one asked for is kept."""

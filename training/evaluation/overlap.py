@@ -265,9 +265,14 @@ def measure(evaluation: Evaluation, settings: Settings) -> dict:
     }
 
 
+def find_from(similarities: np.ndarray, threshold: float) -> np.ndarray:
+    """Which are at or above it; in float64, since numpy would round the threshold to similarities of float32."""
+    return similarities.astype(np.float64) >= threshold
+
+
 def count_from(similarities: np.ndarray, threshold: float) -> int:
     """How many are at or above it."""
-    return int((similarities >= threshold).sum())
+    return int(find_from(similarities, threshold).sum())
 
 
 def choose_pairs(evaluation: Evaluation, train: PictureSet, found: dict[str, np.ndarray], number: int) -> list[Pair]:

@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from judge import Judge, extract_features, load_judge, name_judge, reference_features
 from PIL import Image
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, ProcessorMixin
 
+from evaluation.features import digest_weights
 from evaluation.models import Model
 from evaluation.run import Evaluation
+from evaluation.stored import make_digest
 from hf_dalle.data import load_rows
 from hf_dalle.reranking import score_images
 
@@ -46,11 +48,12 @@ class Ranker:
         try:
             self.model = AutoModel.from_pretrained(place).to(device or "cpu").eval()
             self.processor = AutoProcessor.from_pretrained(processor_place or place)
+            prepared = digest_processor(self.processor)
         except (OSError, ValueError) as error:
             raise OSError(f"{place} is no CLIP-like model with a processor that can be loaded: {error}") from error
-        self.fingerprint = hash_weights(self.model)
+        self.fingerprint = digest_weights(self.model)
         self.name = f"{type(self.model).__name__} {Path(place).name if Path(place).exists() else place}"
-        self.key = {"ranker": self.fingerprint}
+        self.key = {"ranker": self.fingerprint, "processor": prepared}
 
     def score(self, caption: str, pictures: list[Image.Image]) -> np.ndarray:
         """A score a picture, higher is better."""
@@ -79,14 +82,14 @@ def find_reranker(model: Model, place: str | None, device: torch.device | None =
     return Ranker(model.folder / "reranker", device, model.folder / "reranker_processor")
 
 
-def hash_weights(model: torch.nn.Module) -> str:
-    """A digest of the names and values of all weights."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else b"")
-        digest.update(repr(value.item()).encode() if not value.ndim else b"")
-    return digest.hexdigest()[:32]
+def digest_processor(processor: ProcessorMixin) -> str:
+    """Of how pictures and captions are prepared; a `ValueError` where one of them is not."""
+    lacking = [part for part in ("image_processor", "tokenizer") if not hasattr(processor, part)]
+    if lacking:
+        raise ValueError(f"its {type(processor).__name__} has no {lacking[0]}")
+    tokenizer = processor.tokenizer
+    words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+    return make_digest([processor.image_processor.to_json_string(), words, tokenizer.model_max_length])
 
 
 class ConceptJudge:
@@ -125,18 +128,27 @@ class ConceptJudge:
         self.splits = rows.splits
         self.name = f"{name_judge()}, pictures reduced to {side} x {side}"
         self.fingerprint = hashlib.sha256(references.numpy().tobytes()).hexdigest()[:32]
-        self.key = {"network": name_judge(), "side": side, "references": self.fingerprint, "taught": len(taught)}
+        labels = [train[name][:] for name in ("hexcode", "style")] + [self.concepts, self.styles]
+        self.key = {"network": name_judge(), "side": side, "references": self.fingerprint, "taught": taught}
+        self.key |= {"labels": make_digest(labels)}
 
     def _extend(self, judge: Judge, evaluation: Evaluation, split: str) -> Judge:
-        """The judge of one split, and `own` of its rows; refuses a row that cannot be judged."""
+        """
+        The judge of one split, and `own` of its rows; refuses a row that cannot be judged. A picture of several rows,
+        one a caption, is one reference, or it would be compared with itself.
+        """
         chosen = evaluation.rows.of_split(split)
         concepts, styles = ([names[row] for row in chosen] for names in (self.concepts, self.styles))
         if not {*judge.concepts} & {*concepts}:
-            pictures = [evaluation.rows.picture(row) for row in chosen]
-            features = extract_features(self.network, pictures, self.side)
-            for place, row in enumerate(chosen):
-                self.own[row] = len(judge.places) + place
-            judge = judge.extend(features, concepts, styles)
+            of_picture = {}  # by the place in the data, its rows
+            for row in chosen:
+                of_picture.setdefault(evaluation.rows.places[row][1], []).append(row)
+            firsts = [rows[0] for rows in of_picture.values()]
+            features = extract_features(self.network, [evaluation.rows.picture(row) for row in firsts], self.side)
+            for place, rows in enumerate(of_picture.values()):
+                for row in rows:
+                    self.own[row] = len(judge.places) + place
+            judge = judge.extend(features, *([names[row] for row in firsts] for names in (self.concepts, self.styles)))
         try:
             blank = torch.zeros(len(chosen), len(judge.mean))
             judge.judge(blank, concepts, styles, [self.own[row] for row in chosen])

@@ -4,6 +4,7 @@ Candidates are drawn, scored and judged a block at a time, each block once. The 
 N of those drawn (`hf_dalle.reranking.expect_best_of`); intervals come from resampling the captions.
 """
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,7 @@ def measure(evaluation: Evaluation, settings: Settings) -> dict:
         described[name] = ranker.name
         parts = []
         for block in settings.blocks:
-            key = {**judged, "model": model.key, "reranker": ranker.fingerprint, "block": [block.start, block.stop]}
+            key = {**judged, "model": model.key, "reranker": ranker.key, "block": [block.start, block.stop]}
             function = make_block_judging(evaluation, model, ranker, judge, block)
             words = f"{name}: candidates {block.start + 1} to {block.stop} of {settings.num_candidates}"
             parts.append(evaluation.compute("reranking", key, rows, function, 1, words))
@@ -225,16 +226,18 @@ def bootstrap_share(
 ) -> dict[str, float] | None:
     """
     (mean of values - mean of start) / (mean of end - mean of start) with its 95 % interval, the captions of all three
-    resampled together; none where the means of `start` and `end` are not in this order.
+    resampled together; none where the means of `start` and `end` are not in this order. `low` and `high` are `None`
+    where more than one resample in 40 has no gap: then the gap itself may be chance, and its share be anything.
     """
     if not end.mean() > start.mean():
         return None
     rows = np.random.default_rng(seed).integers(len(values), size=(num_resamples, len(values)))
     value, low, high = (part.numpy()[rows].mean(1) for part in (values, start, end))
-    gaps = np.where(high > low, high - low, np.nan)  # a resample may have none, and says nothing then
-    bounds = np.nanquantile((value - low) / gaps, [0.025, 0.975])
+    has_gap, bounds = high > low, (None, None)
+    if has_gap.mean() >= 1 - 1 / 40:
+        bounds = np.quantile(((value - low)[has_gap] / (high - low)[has_gap]), [0.025, 0.975]).tolist()
     share = (values.mean() - start.mean()) / (end.mean() - start.mean())
-    return {"value": share.item(), "low": float(bounds[0]), "high": float(bounds[1])}
+    return {"value": share.item(), "low": bounds[0], "high": bounds[1]}
 
 
 # -------------------------------------------------------------------------------------------------------- the report
@@ -256,7 +259,7 @@ def plot(figures: dict, folder: Path) -> dict[str, str]:
 
 
 def _plot_panel(panel, figures: dict, split: str, quality: str, real: float) -> None:
-    for colour, (name, model) in zip(_repeat_colours(), figures["models"].items(), strict=False):
+    for colour, (name, model) in zip(itertools.cycle(COLOURS), figures["models"].items(), strict=False):
         curves = model["splits"][split][quality]
         sizes = [int(size) for size in curves["curve"]]
         points = list(curves["curve"].values())
@@ -276,11 +279,6 @@ def _plot_panel(panel, figures: dict, split: str, quality: str, real: float) -> 
     panel.set_ylabel(quality)
     panel.set_title(f"{quality}, {split}", fontsize=10)
     panel.grid(alpha=0.3)
-
-
-def _repeat_colours():
-    while True:
-        yield from COLOURS
 
 
 def describe(figures: dict) -> str:
@@ -313,9 +311,17 @@ def _describe_row(name: str, split: str, quality: str, curves: dict, real: dict)
         f"{point['value']:.3f} ({point['low']:.3f} to {point['high']:.3f})" for point in curves["curve"].values()
     ]
     closed = [curves["gap_closed"][size] for size in _list_gap_sizes(curves["curve"])]
-    shares = [f"{gap['value']:.0%} ({gap['low']:.0%} to {gap['high']:.0%})" if gap else "no gap" for gap in closed]
+    shares = [_describe_gap(gap) for gap in closed]
     best = list(curves["best_possible"].values())[-1]
     return [name, split, quality, *points, f"{real['value']:.3f}", f"{best:.3f}", *shares]
+
+
+def _describe_gap(gap: dict | None) -> str:
+    if gap is None:
+        return "no gap"
+    if gap["low"] is None:
+        return f"{gap['value']:.0%} (the gap may be chance)"
+    return f"{gap['value']:.0%} ({gap['low']:.0%} to {gap['high']:.0%})"
 
 
 def _list_gap_sizes(sizes: Iterable[str]) -> list[str]:

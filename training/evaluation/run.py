@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from arguments import check_names, parse_arguments
 from diffusers import DiffusionPipeline
+from evaluation_log import log_run
 from report import save_png
 from tqdm.auto import tqdm
 
@@ -33,7 +34,7 @@ from hf_dalle.hub import publish_settings
 
 logger = logging.getLogger(__name__)
 
-MEASUREMENTS = ("fidelity", "overlap", "elb", "reranking", "shapes")
+MEASUREMENTS = ("fidelity", "overlap", "elb", "reranking", "shapes", "safety")
 
 
 class Evaluation:
@@ -178,7 +179,7 @@ def load_measurements(measure: dict) -> dict[str, tuple[ModuleType, Any]]:
 
 def run_evaluation(evaluation: Evaluation, measurements: dict[str, tuple[ModuleType, Any]]) -> dict:
     """
-    Checks, draws, measures, in this order.
+    Checks, logs what touches a test split, draws, measures, in this order.
 
     Returns:
         `dict`: the report, as report.json holds it, on the main process.
@@ -188,6 +189,7 @@ def run_evaluation(evaluation: Evaluation, measurements: dict[str, tuple[ModuleT
     _look_at_given(evaluation, summary)
     for module, settings in measurements.values():
         module.check(evaluation, settings)
+    evaluation.from_main(lambda: _log(evaluation))  # what can be wrong is found before, nothing is drawn yet
     if not measurements or any(getattr(module, "USES_PICTURES", True) for module, _ in measurements.values()):
         _draw_all(evaluation, summary)
     sections: list[str] = []
@@ -201,6 +203,11 @@ def run_evaluation(evaluation: Evaluation, measurements: dict[str, tuple[ModuleT
             sections.append(module.describe(figures))
         _write(evaluation, summary, sections)
     return summary
+
+
+def _log(evaluation: Evaluation) -> None:
+    args, checkpoints = evaluation.args, (model.digest for model in evaluation.models.values())
+    log_run(args.evaluation_log, args.splits, checkpoints, seed=args.seed, evaluation=args.name)
 
 
 def _look_at_given(evaluation: Evaluation, summary: dict) -> None:

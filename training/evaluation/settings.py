@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from arguments import STAGES, build_settings, check_names
+from evaluation_log import check_log
 
 
 @dataclass
@@ -87,6 +88,9 @@ class EvaluationArguments:
     num_captions: int | None = field(
         default=None, metadata={"help": "So many of each split, chosen at random by the seed; none: all."}
     )
+    evaluation_log: str | None = field(
+        default=None, metadata={"help": "JSON lines: a line a model for each run that touched a split named test..."}
+    )
     seed: int = field(default=0, metadata={"help": "Of the choice of rows, the drawings, the intervals."})
     batch_size: int = field(
         default=32, metadata={"help": "Pictures drawn at a time; other sizes may differ in the last digits."}
@@ -104,6 +108,7 @@ class EvaluationArguments:
             raise ValueError("Give exactly one of `data_dir` and `dataset_name`.")
         if not self.splits or len(set(self.splits)) < len(self.splits):
             raise ValueError(f"`splits` is {self.splits}; expected one or more, all different.")
+        check_log(self.splits, self.evaluation_log)
         for name in ("num_captions", "batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; expected a number from 1.")

@@ -5,7 +5,6 @@ Needs rows of `prepare_shapes.py`, whose columns say what each caption means. Ho
 """
 
 import hashlib
-import math
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +23,9 @@ from evaluation.pictures import make_seed, read_column
 from evaluation.report import make_table
 from evaluation.run import Evaluation
 from evaluation.scene_checker import Found, Verdict, judge, read_picture
+from evaluation.stored import make_digest
 from hf_dalle.data import load_rows
+from hf_dalle.metrics import wilson_interval
 
 
 SHARD_SIZE = 64
@@ -136,7 +137,7 @@ def _judge_all(
         verdicts = [judge(read_picture(image), wanted[row]) for row, image in zip(rows, read(rows), strict=True)]
         return {"verdicts": encode_verdicts(verdicts)}
 
-    key = {**key, "checker": _digest_checker()}
+    key = {**key, "checker": _digest_checker(), "scenes": make_digest(wanted)}
     rows = range(len(wanted))
     return evaluation.compute("shapes", key, rows, judge_rows, SHARD_SIZE, f"{words}: checking")["verdicts"]
 
@@ -210,12 +211,10 @@ def sum_up(verdicts: np.ndarray, index: list[tuple[str, str]]) -> dict:
     return figures
 
 
-def interval(num_right: int, num_all: int, z: float = 1.959964) -> dict[str, float]:
-    """A share with its 95 % interval by Wilson's score, which is no single point at 0 or 1 either."""
-    share, spread = num_right / num_all, z**2 / num_all
-    centre = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / num_all + spread / (4 * num_all)) / (1 + spread)
-    return {"value": share, "low": max(0.0, centre - half), "high": min(1.0, centre + half)}
+def interval(num_right: int, num_all: int) -> dict[str, float]:
+    """A share with its 95 % interval."""
+    low, high = wilson_interval(num_right, num_all)
+    return {"value": num_right / num_all, "low": low, "high": high}
 
 
 # -------------------------------------------------------------------------------------------------------- reporting

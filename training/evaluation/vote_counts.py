@@ -3,7 +3,6 @@
 Counts what `votes.py` has kept; nothing here is random.
 """
 
-import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -12,6 +11,7 @@ import matplotlib.backends.backend_agg
 import matplotlib.figure
 
 from evaluation.votes import ANSWERS, NEITHER, Study
+from hf_dalle.metrics import wilson_interval
 
 
 NO_MAJORITY = "no majority"
@@ -92,18 +92,6 @@ def find_majority(tally: Counter) -> str:
     """The answer of more than half of the votes, or `NO_MAJORITY`."""
     answer, number = tally.most_common(1)[0]
     return answer if 2 * number > tally.total() else NO_MAJORITY
-
-
-def wilson_interval(count: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """
-    Wilson's interval of a share: all p whose score test, |count/total - p| / sqrt(p (1 - p) / total), does not reach
-    the normal quantile. Stays inside [0, 1], also for none and all.
-    """
-    z = statistics.NormalDist().inv_cdf(0.5 + confidence / 2)
-    share, spread = count / total, z * z / total
-    middle = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
-    return (0.0 if count == 0 else middle - half), (1.0 if count == total else middle + half)  # exact at the ends
 
 
 def _share(count: int, total: int) -> dict:

@@ -1,4 +1,4 @@
-"""The page that people vote on, and the door before it: which requests are let in, how large, and how many.
+"""The page that people vote on, and what its door lets in: the door itself is `hf_dalle.web_door`'s.
 
 Pictures are part of the page, encoded anew, so that no file is served and neither a name nor an address tells whose
 they are. Who is asked what is decided in `ballots.py`.
@@ -9,7 +9,6 @@ import contextlib
 import html
 import io
 import logging
-import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +19,7 @@ import uvicorn
 from PIL import Image
 
 from evaluation.ballots import Ballots
+from hf_dalle.web_door import Door
 
 
 logger = logging.getLogger(__name__)
@@ -182,16 +182,14 @@ def draw_progress(done: int, total: int, said: str) -> str:
     )
 
 
-class Door:
+class VoterDoor(Door):
     """
-    Lets in what the page needs, and nothing else: no uploads, no files, no proxy, no interface for programs. Each new
-    visitor gets the cookie of a voter.
+    The door before the page of votes, at which each new visitor gets the cookie of a voter.
 
     Args:
         app: the ASGI application behind it.
         ballots ([`Ballots`]): admits voters.
-        max_per_minute (`int`): answers and visits from one address; more are refused for a while. Addresses are held
-            in memory for a minute.
+        max_per_minute (`int`): answers and visits from one address; more are refused for a while.
         clock (`Callable`, *optional*): gives seconds.
     """
 
@@ -202,33 +200,19 @@ class Door:
     }
 
     def __init__(self, app: Any, ballots: Ballots, max_per_minute: int, clock: Callable[[], float] = time.monotonic):
-        self.app, self.ballots, self.max_per_minute, self.clock = app, ballots, max_per_minute, clock
-        self.since, self.counts = clock(), {}
+        super().__init__(app, self.LET_IN, self.LET_IN["POST"], max_per_minute, MAX_BODY_BYTES, clock)
+        self.ballots = ballots
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan":
-            return await self.app(scope, receive, send)
-        refusal = self.judge(scope) if scope["type"] == "http" else 404
-        if refusal is not None:
-            return await fastapi.Response(status_code=refusal)(scope, receive, send)
-        if scope["path"] == "/":
+        if scope["type"] == "http" and scope["path"] == "/":
             send = self.add_cookie(scope, send)
-        return await self.app(scope, receive, send)
+        await super().__call__(scope, receive, send)
 
-    def judge(self, scope: dict) -> int | None:
-        """The HTTP status to refuse a request with, or `None`."""
-        method = "GET" if scope["method"] == "HEAD" else scope["method"]
-        path, is_post = scope["path"], method == "POST"
-        if not re.fullmatch(self.LET_IN.get(method, "(?!)"), path):
-            return 404
-        length = dict(scope["headers"]).get(b"content-length", b"")
-        if is_post and not length.isdigit():
-            return 411
-        if is_post and int(length) > MAX_BODY_BYTES:
-            return 413
-        if (is_post or path == "/") and self.is_too_often((scope.get("client") or ("",))[0]):
+    def judge(self, scope: dict, address: str) -> int | None:
+        refusal = super().judge(scope, address)
+        if refusal is None and scope["path"] == "/" and self.is_too_often(address):
             return 429
-        return None
+        return refusal
 
     def add_cookie(self, scope: dict, send: Any) -> Any:
         """`send`, with a voter's cookie in the answer where the visitor brings none of ours."""
@@ -247,15 +231,8 @@ class Door:
 
         return send_with_cookie
 
-    def is_too_often(self, address: str) -> bool:
-        """Counts this request; whether it is one too many of this minute."""
-        if self.clock() - self.since >= 60:
-            self.since, self.counts = self.clock(), {}
-        self.counts[address] = self.counts.get(address, 0) + 1
-        return self.counts[address] > self.max_per_minute
 
-
-def make_app(ballots: Ballots, pictures: Callable[[str, str], Image.Image], max_per_minute: int) -> Door:
+def make_app(ballots: Ballots, pictures: Callable[[str, str], Image.Image], max_per_minute: int) -> VoterDoor:
     """The page behind its door, as an ASGI application."""
     font = ("system-ui", "sans-serif")  # the visitor's own: none is fetched from elsewhere
     theme = gr.themes.Default(font=font, font_mono=("ui-monospace", "monospace"))
@@ -273,7 +250,7 @@ def make_app(ballots: Ballots, pictures: Callable[[str, str], Image.Image], max_
         css=CSS,
         head=HEAD,
     )
-    return Door(app, ballots, max_per_minute)
+    return VoterDoor(app, ballots, max_per_minute)
 
 
 class Server(uvicorn.Server):
@@ -286,7 +263,7 @@ class Server(uvicorn.Server):
             print(f"Open on http://{f'[{address}]' if ':' in address else address}:{port}", flush=True)
 
 
-def run_server(app: Door, host: str, port: int) -> None:
+def run_server(app: VoterDoor, host: str, port: int) -> None:
     """Serves the page until it is interrupted. There is no log of visits, which would hold addresses."""
     config = uvicorn.Config(
         app,
