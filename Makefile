@@ -4,9 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PARITY_VENV ?= .venv-parity
 BROWSER_VENV ?= .venv-browser
+LOWEST_VENV ?= .venv-lowest
+RELEASE_VENV ?= .venv-release
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lora test test-slow test-parity test-browser bench quality style clean
+.PHONY: help demo lora test test-slow test-parity test-browser bench docs quality style test-lowest release clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
@@ -29,10 +31,20 @@ test-slow: $(VENV)/.installed-dev ## run all tests
 test-parity: $(VENV)/.installed-dev $(PARITY_VENV)/.installed ## compare converted models with the originals' own code
 	HF_DALLE_PARITY_PYTHON=$(abspath $(PARITY_VENV))/bin/python $(BIN)/python -m pytest -m parity tests/parity
 
-test-browser: $(BROWSER_VENV)/.installed ## drive the page of people's votes in headless Chromium; as root, gets one by apt
+test-browser: $(BROWSER_VENV)/.installed ## drive the pages (demo, votes, overlap) in headless Chromium; as root, gets one by apt
 	@command -v chromium > /dev/null && command -v chromedriver > /dev/null \
 		|| (apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver)
-	$(BROWSER_VENV)/bin/python -m pytest -m browser tests/test_vote_page.py
+	$(BROWSER_VENV)/bin/python -m pytest -m browser $$(grep -l "mark\.browser" tests/test_*.py)
+
+test-lowest: $(LOWEST_VENV)/.installed ## run the tests with the lowest versions that setup.py takes; torch's may be GBs
+	$(LOWEST_VENV)/bin/python -m pytest
+
+release: $(RELEASE_VENV)/.installed ## check that the extras go together, build dist/, check what is in it and CITATION.cff
+	$(RELEASE_VENV)/bin/uv pip compile --quiet --all-extras setup.py > /dev/null
+	rm -rf dist
+	$(RELEASE_VENV)/bin/python -m build
+	$(RELEASE_VENV)/bin/twine check --strict dist/*
+	$(RELEASE_VENV)/bin/cffconvert --validate
 
 bench: $(VENV)/.installed-bench ## time and weigh it beside its peers; 10 minutes on two idle cores
 	$(BIN)/python benchmarks/decode.py
@@ -41,16 +53,21 @@ bench: $(VENV)/.installed-bench ## time and weigh it beside its peers; 10 minute
 	$(BIN)/python benchmarks/memory.py 1.2b
 	$(BIN)/python benchmarks/train_loop.py --num_threads 1
 
-quality: $(VENV)/.installed-dev ## check the lint and the format
+docs: $(VENV)/.installed-docs ## draw the pictures of docs/ and build its pages into docs/_build
+	$(BIN)/python docs/figures.py
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
+
+quality: $(VENV)/.installed-dev ## check the lint, the format and the types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 style: $(VENV)/.installed-dev ## repair the lint and the format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## remove the environments and what tools left behind
-	rm -rf .venv .venv-parity .venv-browser .pytest_cache .ruff_cache .hypothesis build dist src/*.egg-info
+	rm -rf .venv .venv-parity .venv-browser .venv-lowest .venv-release .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist docs/_build src/*.egg-info
 	find src training benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
 
 # A torch that $(PYTHON) has is reused by a line in the new environment's path, wherever that torch is (in a virtual
@@ -74,6 +91,10 @@ $(VENV)/.installed-bench: setup.py | $(BIN)/pip
 	$(BIN)/pip install --no-deps DALL-E==0.1
 	@touch $(VENV)/.installed $@
 
+$(VENV)/.installed-docs: setup.py | $(BIN)/pip
+	$(BIN)/pip install -e ".[docs]"
+	@touch $(VENV)/.installed $@
+
 # The originals and what they alone need; torch, transformers and the like are $(VENV)'s, by a line in the path, which
 # comes after the packages of the environment itself. Nothing of it gets into $(VENV).
 $(PARITY_VENV)/.installed: tests/parity/requirements.txt tests/parity/originals.txt | $(VENV)/.installed-dev
@@ -84,6 +105,18 @@ $(PARITY_VENV)/.installed: tests/parity/requirements.txt tests/parity/originals.
 	$(PARITY_VENV)/bin/pip install --no-deps --no-build-isolation -r tests/parity/originals.txt
 	for version in 1.0.0 1.4.2; do $(PARITY_VENV)/bin/pip install --no-deps \
 		--target $(PARITY_VENV)/dalle-pytorch-$$version dalle-pytorch==$$version || exit 1; done
+	@touch $@
+
+# Lowest of what setup.py names; of what that brings along, the newest that fits.
+$(LOWEST_VENV)/.installed: setup.py
+	$(PYTHON) -m venv $(LOWEST_VENV)
+	$(LOWEST_VENV)/bin/pip install "uv>=0.9"
+	$(LOWEST_VENV)/bin/uv pip install --python $(LOWEST_VENV)/bin/python --resolution lowest-direct -e ".[test]"
+	@touch $@
+
+$(RELEASE_VENV)/.installed:
+	$(PYTHON) -m venv $(RELEASE_VENV)
+	$(RELEASE_VENV)/bin/pip install "build>=1.6,<2" "cffconvert==2.0.0" "twine>=7.0,<8" "uv>=0.9"
 	@touch $@
 
 # gradio holds pillow below 13, selenium brings packages of its own: an environment beside, on top of $(VENV).

@@ -6,6 +6,7 @@ The models are `autoencoder_dalle_*.py`'s; what a pipeline asks of them is `enco
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.utils import BaseOutput
@@ -41,6 +42,13 @@ class DalleDecoderOutput(BaseOutput):
 
 class DalleAutoencoderMixin:
     """For a `ModelMixin` with `config.sample_size`, `config.vocab_size` and a `downsampling_factor`."""
+
+    config: Any
+
+    @property
+    def downsampling_factor(self) -> int:
+        """Pixels a side of a token's cell."""
+        raise NotImplementedError
 
     @property
     def image_grid_size(self) -> int:
@@ -79,7 +87,7 @@ class DalleAutoencoderMixin:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, output_loading_info: bool = False, **kwargs):
         """As [`ModelMixin.from_pretrained`], but weights that a file lacks are an `OSError`, not drawn at random."""
-        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)  # type: ignore[misc]
         if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"]))
             raise OSError(f"{pretrained_model_name_or_path} lacks weights of this model: {missing}.")
@@ -87,7 +95,7 @@ class DalleAutoencoderMixin:
 
     def to_json_string(self) -> str:
         """The content of config.json, without the place that this model was loaded from."""
-        config = json.loads(super().to_json_string())
+        config = json.loads(super().to_json_string())  # type: ignore[misc]  # `ModelMixin`'s
         config.pop("_name_or_path", None)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 

@@ -234,6 +234,11 @@ class DalleCacheLayer(CacheLayerMixin):
 
     is_sliding = False
     supports_early_init = False  # the number of rows is known from the first states on
+    is_initialized: bool
+    keys: torch.Tensor
+    values: torch.Tensor
+    text_keys: torch.Tensor
+    text_values: torch.Tensor
 
     def __init__(self, layout: RingLayout | BorderedLayout, text_length: int):
         super().__init__()
@@ -265,7 +270,7 @@ class DalleCacheLayer(CacheLayerMixin):
         """How many image states there have been."""
         return max(self.length - self.text_length, 0)
 
-    def _buffers(self) -> tuple[torch.Tensor, ...]:
+    def _buffers(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.text_keys, self.text_values, self.keys, self.values
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -354,7 +359,9 @@ class DalleCacheLayer(CacheLayerMixin):
         numbers = _count_up(self.layout.num_slots, device)
         is_empty = numbers[: self.layout.ring_length] >= num_filled
         is_hidden = is_empty if is_hidden is None else is_hidden | is_empty
-        buffers = [*self._buffers()[:2], *(part.unflatten(2, self.layout[:2]) for part in self._buffers()[2:])]
+        text_keys, text_values, keys, values = self._buffers()
+        keys, values = (part.unflatten(2, self.layout[:2]) for part in (keys, values))
+        buffers = text_keys, text_values, keys, values
         return DecodeWindow(*buffers, numbers[place : place + 1], numbers[ring : ring + 1], is_hidden)
 
     def get_seq_length(self) -> int:

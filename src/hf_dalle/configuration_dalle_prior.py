@@ -4,13 +4,15 @@ The layout of ids in the joint vocabulary is derived here, in one place. What th
 in `modeling_dalle_prior.py`.
 """
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 
 ATTENTION_TYPES = ("full", "row", "column", "conv")  # what they mean: image_attention.py
 
-_PRESETS = {
+_PRESETS: dict[str, dict[str, Any]] = {
     "12b": {"hidden_size": 3968, "num_hidden_layers": 64, "num_attention_heads": 62},
     "1.2b": {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32},
     "emoji-mini": {

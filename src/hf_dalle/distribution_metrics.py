@@ -64,10 +64,10 @@ def extrapolate_to_infinity(sizes: list[int], values: list[float]) -> tuple[floa
     if len(set(sizes)) < 2 or len(sizes) != len(values):
         raise ValueError(f"{len(values)} values at the sizes {sizes}: a line needs two different sizes.")
     inverse = 1 / torch.tensor(sizes, dtype=torch.float64)
-    values = torch.tensor(values, dtype=torch.float64)
+    heights = torch.tensor(values, dtype=torch.float64)
     centred = inverse - inverse.mean()
-    slope = (centred * values).sum() / centred.square().sum()
-    return (values.mean() - slope * inverse.mean()).item(), slope.item()
+    slope = (centred * heights).sum() / centred.square().sum()
+    return (heights.mean() - slope * inverse.mean()).item(), slope.item()
 
 
 def inception_score(logits: torch.Tensor, num_splits: int = 10) -> float:

@@ -5,6 +5,7 @@ comes before and after is `pipeline_dalle.py`'s.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,14 @@ from .sampling import draw_image_tokens, drop_kept, kept_bytes
 
 class DalleDrawingMixin:
     """Draws and decodes as many pictures at once as memory holds; for a pipeline with a prior and a dVAE."""
+
+    # what the mixin stands on; the pipeline's other bases have it
+    prior: Any
+    dvae: Any
+    image_processor: Any
+    progress_bar: Any
+    _execution_device: Any
+    _interrupt: bool
 
     @property
     def num_timesteps(self) -> int:
@@ -157,7 +166,7 @@ class DalleDrawingMixin:
         image_prefix: torch.Tensor | None,
         generators: list[torch.Generator],
         text_inputs: dict[str, torch.Tensor],
-        settings: dict[str, float],
+        settings: dict[str, Any],
     ) -> Iterator[tuple[int, torch.Tensor]]:
         if image_prefix is not None:  # one an image, or one a prompt
             image_prefix = image_prefix[chunk.images if len(image_prefix) == len(generators) else chunk.prompts]

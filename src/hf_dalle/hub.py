@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -300,7 +301,11 @@ def _format_duration(hours: float) -> str:
     return f"{hours:.1f} hours" if hours >= 1.5 else f"{minutes} minute{'s' if minutes > 1 else ''}"
 
 
-_FILTERS = {
+def _format_tally(names: Iterable[str]) -> str:
+    return ", ".join(f"{number} x {name}" for name, number in Counter(names).items())
+
+
+_FILTERS: dict[str, Callable[..., str]] = {
     "number": lambda number: f"{number:,}",
     "figure": lambda value, digits: f"{value:,.{digits}f}",
     "interval": _format_interval,
@@ -309,7 +314,7 @@ _FILTERS = {
     "megabytes": lambda size: f"{size / 1e6:.1f} MB",
     "duration": _format_duration,
     "nats": lambda num_states: f"{math.log(num_states):.2f}",
-    "tally": lambda names: ", ".join(f"{number} x {name}" for name, number in Counter(names).items()),
+    "tally": _format_tally,
     "cell": lambda value: str(value).replace("|", "\\|").replace("\n", " ").strip(),
     "json": lambda value: json.dumps(value, ensure_ascii=False),
     "yaml": lambda value: yaml_dump(value, sort_keys=False).strip(),

@@ -22,7 +22,7 @@ def cache_constants(function: Callable) -> Callable:
     def call(*args, **kwargs):
         return (function if torch.compiler.is_compiling() else cached)(*args, **kwargs)
 
-    call.cache_clear = cached.cache_clear
+    call.cache_clear = cached.cache_clear  # type: ignore[attr-defined]  # a function's attribute, as `lru_cache` has it
     return call
 
 

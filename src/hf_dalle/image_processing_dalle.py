@@ -71,8 +71,9 @@ class DalleImageProcessor(PilBackend):
         else:
             raise ValueError(f"A picture must be a PIL image, a numpy array or a torch tensor, not {_kind(image)}.")
         if array.ndim != 3 or array.shape[0] not in (1, 3, 4) or 0 in array.shape:
+            shape = tuple(getattr(image, "shape", ()))
             raise ValueError(
-                f"A picture as {_kind(image)} of shape {tuple(image.shape)} cannot be read: numpy arrays are height x"
+                f"A picture as {_kind(image)} of shape {shape} cannot be read: numpy arrays are height x"
                 " width x channels, torch tensors channels x height x width, with 1, 3 or 4 channels."
             )
         _check_values(array)

@@ -113,9 +113,8 @@ class DalleLoraLoaderMixin(LoraBaseMixin):
         """
         check_peft()
         self._check_unfused("load an adapter")
-        weights, metadata = self.lora_state_dict(
-            pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
-        )
+        loaded: Any = self.lora_state_dict(pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs)
+        weights, metadata = loaded
         source = pretrained_model_name_or_path_or_dict
         source = "The adapter" if isinstance(source, dict) else f"The adapter of {source}"
         taken = getattr(self.prior, "peft_config", {})
@@ -326,7 +325,7 @@ def collect_adapter(prior: DallePriorForCausalLM) -> tuple[dict[str, torch.Tenso
     check_peft()
     from peft import get_peft_model_state_dict
 
-    names = next((layer.active_adapters for layer in _list_layers(prior)), [])
+    names: list[str] = next((layer.active_adapters for layer in _list_layers(prior)), [])
     if len(names) != 1:
         raise ValueError(f"One adapter is saved at a time, but active are: {', '.join(names) or 'none'}.")
     config = prior.peft_config[names[0]].to_dict()

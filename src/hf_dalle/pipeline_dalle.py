@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline  # from `diffusers` type checkers get a dummy
 from diffusers.utils import BaseOutput, logging
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
@@ -73,7 +73,7 @@ class DALLEPipeline(DalleDrawingMixin, DalleLoraLoaderMixin, DallePublishingMixi
         reranker_processor (`ProcessorMixin`, *optional*): the reranker's own processor.
         safety_checker (`Callable`, *optional*):
             Called as `safety_checker(images=...)` with a numpy array B x H x W x 3 in [0, 1]; returns such an array
-            and a list of B booleans.
+            and a list of B booleans. `hf_dalle.safety_checker` has one. No checkpoint holds it.
 
     Raises:
         ValueError: if the parts do not fit each other.
@@ -300,7 +300,8 @@ class DALLEPipeline(DalleDrawingMixin, DalleLoraLoaderMixin, DallePublishingMixi
             )
         if latents is None:
             return
-        shape, dtype = getattr(latents, "shape", ()), getattr(latents, "dtype", type(latents))
+        shape: Any = getattr(latents, "shape", ())
+        dtype = getattr(latents, "dtype", type(latents))
         is_flat, is_grid = len(shape) == 2, len(shape) == 3 and shape[2] == grid_size
         if dtype not in (torch.int64, torch.int32) or not (is_flat or is_grid) or shape[0] != num_images:
             raise ValueError(
@@ -328,7 +329,7 @@ class DALLEPipeline(DalleDrawingMixin, DalleLoraLoaderMixin, DallePublishingMixi
             `dict`: `text_ids` and `attention_mask`, and with guidance the same with `negative_` in front; each B x T.
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        captions = {"": prompts}
+        captions: dict[str, Any] = {"": prompts}
         if do_classifier_free_guidance:
             negative_prompt = negative_prompt or ""
             is_one = isinstance(negative_prompt, str)

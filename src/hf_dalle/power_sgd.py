@@ -107,7 +107,8 @@ class PowerSGD:
         self.scale_of = scale_of or (lambda parameter: 1.0)
         self._matrices = {id(value): _Matrix(name, value, rank, seed) for name, value in parameters.items()}
         self._parameters = list(parameters.values())  # holds them, so that no id is given anew
-        self.group = self._stream = None
+        self.group: dist.ProcessGroup | None = None
+        self._stream: torch.Stream | None = None
 
     def register(self, model: nn.Module) -> None:
         """

@@ -7,7 +7,7 @@ import fnmatch
 import json
 import re
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,12 @@ _HUB_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "create_pr")
 class DallePublishingMixin:
     """What a pipeline of parts saves beside them, and how it is published. [`DALLEPipeline`] inherits from it."""
 
+    # what the mixin stands on; the pipeline's other bases have it
+    image_processor: Any
+    config: Any
+    components: dict[str, Any]
+    _check_no_adapters: Callable[[], None]
+
     def save_pretrained(
         self,
         save_directory: str | Path,
@@ -75,7 +81,7 @@ class DallePublishingMixin:
             repo_id = hub.pop("repo_id", folder.resolve().name)
             access = {name: hub[name] for name in ("token", "private", "create_pr") if name in hub}
             repo_id = prepare_repository(repo_id, **access)
-        super().save_pretrained(save_directory, safe_serialization=True, **kwargs)
+        super().save_pretrained(save_directory, safe_serialization=True, **kwargs)  # type: ignore[misc]  # a mixin's
         self.save_processor_config(folder)
         if do_save_code:
             self._save_code(folder)
@@ -132,8 +138,7 @@ class DallePublishingMixin:
         self._check_no_adapters()  # saving will, too late: `DalleLoraLoaderMixin` has it
         repo_id = prepare_repository(repo_id, token=token, private=private, create_pr=create_pr)
         with tempfile.TemporaryDirectory(prefix="hf-dalle-") as folder:
-            options = {"variant": variant, "max_shard_size": max_shard_size, "do_save_code": do_save_code}
-            self.save_pretrained(folder, **options)
+            self.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size, do_save_code=do_save_code)
             return self._publish(Path(folder), repo_id, commit_message, token, create_pr)
 
     def register_to_config(self, **kwargs) -> None:
@@ -141,7 +146,7 @@ class DallePublishingMixin:
         source = kwargs.get("_name_or_path")
         if source is not None and Path(source).is_dir():
             kwargs["_name_or_path"] = str(Path(source).resolve())
-        super().register_to_config(**kwargs)
+        super().register_to_config(**kwargs)  # type: ignore[misc]  # a mixin's
 
     def _save_code(self, folder: Path) -> None:
         # Diffusers runs one file, having copied it and what it imports itself into one flat package,
@@ -161,7 +166,7 @@ class DallePublishingMixin:
         index["_class_name"] = [CODE_MODULE, index["_class_name"]]
         for name, part in self.components.items():
             package, _, module = type(part).__module__.rpartition(".")
-            if package == __package__:
+            if package == __package__ and index[name][0] is not None:  # a safety checker is not saved
                 index[name] = [f"dalle_{name}", type(part).__name__]
                 line = f"from diffusers_modules.local.{module} import {type(part).__name__}  # noqa\n"
                 texts[f"{name}/dalle_{name}.py"] = line
@@ -177,7 +182,7 @@ class DallePublishingMixin:
         token: str | None = None,
         create_pr: bool = False,
     ) -> CommitInfo:
-        files = list_files(folder)
+        files: dict[str, Path | bytes] = {**list_files(folder)}
         if "README.md" not in files:
             files.update(self._find_card(repo_id, token))
         message = commit_message or f"Upload {type(self).__name__}"
@@ -191,7 +196,7 @@ class DallePublishingMixin:
         if is_repository or (source is not None and Path(source).is_dir()):
             files = read_card(source, repo_id, token)
             if files:
-                return files
+                return {**files}
         with in_one_line(repo_id):
             if HfApi().file_exists(repo_id, "README.md", token=token):
                 return {}

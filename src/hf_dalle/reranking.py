@@ -70,7 +70,10 @@ class BestImages:
     """
 
     def __init__(self, num_kept: int):
-        self.num_kept, self.images, self.scores, self.is_flagged = num_kept, None, None, None
+        self.num_kept = num_kept
+        self.images: torch.Tensor | None = None
+        self.scores: torch.Tensor | None = None
+        self.is_flagged: torch.Tensor | None = None
 
     def add(self, images: torch.Tensor, scores: torch.Tensor, is_flagged: torch.Tensor) -> None:
         """B more pictures, B x 3 x H x W, with B scores and B booleans, on the CPU."""

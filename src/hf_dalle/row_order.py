@@ -65,8 +65,13 @@ class EpochBatchSampler(Sampler):
 class Shards(Protocol):
     """Rows that are read in sequence, shard by shard: [`DatasetShards`] or [`~hf_dalle.tar_shards.TarShards`]."""
 
-    num_shards: int
-    column_names: list[str]
+    @property
+    def num_shards(self) -> int:
+        """How many shards there are."""
+
+    @property
+    def column_names(self) -> list[str]:
+        """What a row may hold."""
 
     def read(self, shard: int, start: int = 0) -> Iterator[dict | ValueError]:
         """The rows of a shard from row `start` on; in the place of one that cannot be read, the error."""

@@ -7,6 +7,7 @@ Texts and pictures are the pipeline's; here are ids only.
 import math
 from collections.abc import Iterator, Sequence
 from numbers import Real
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -36,7 +37,7 @@ def spawn_generators(
     Raises:
         ValueError: if there are not as many generators as images, or something is not a generator.
     """
-    sources = list(generator) if isinstance(generator, list | tuple) else [generator] * num_images
+    sources: list[Any] = list(generator) if isinstance(generator, list | tuple) else [generator] * num_images
     if len(sources) != num_images:
         raise ValueError(f"`generator` holds {len(sources)} generators for {num_images} images: give 1 or as many.")
     for source in sources:
@@ -84,7 +85,7 @@ def resolve_settings(
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """
     The settings of a drawing: those given, else the checkpoint's own, else the paper's (no guidance, no truncation).
 
@@ -99,7 +100,7 @@ def resolve_settings(
         ValueError: for a setting outside its range.
     """
     given = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    settings = {"guidance_scale": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    settings: dict[str, Any] = {"guidance_scale": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     for name in settings:
         for value in (getattr(generation_config, name, None), given[name]):
             settings[name] = settings[name] if value is None else value
@@ -177,7 +178,7 @@ def draw_image_tokens(
     check_settings(temperature, top_k, top_p, guidance_scale)
     num_prompts, num_images = len(text_ids), len(text_ids) * num_images_per_prompt
     num_cells, prefix_length = prior.config.num_image_tokens, 0
-    texts = [(text_ids, attention_mask)]
+    texts: list[Any] = [(text_ids, attention_mask)]
     if guidance_scale > 1:
         if negative_text_ids is None or negative_text_ids.shape != text_ids.shape:
             raise ValueError("A `guidance_scale` above 1 needs `negative_text_ids` of the shape of `text_ids`.")
@@ -192,7 +193,7 @@ def draw_image_tokens(
         # With a prefix an image, each is a row of its own, of which the text is read once a prompt.
         repeats = num_prefixes // num_prompts
         texts = [[part.repeat_interleave(repeats, dim=0) for part in text] for text in texts]
-    streams = [prior.join_stream(*text, image_prefix)["input_ids"] for text in texts]
+    streams = [prior.join_stream(ids, mask, image_prefix)["input_ids"] for ids, mask in texts]
     if len(generators) != num_images:
         raise ValueError(f"There are {len(generators)} `generators` for {num_images} images.")
     num_texts = num_prompts * len(texts)
@@ -201,7 +202,7 @@ def draw_image_tokens(
     tokens = torch.full((num_images, num_cells), -1, device=text_ids.device)
     if prefix_length:
         tokens[:, :prefix_length] = image_prefix.repeat_interleave(num_images // num_prefixes, dim=0)
-    filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    filters: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     return _draw(prior, torch.cat(streams), num_texts, tokens, prefix_length, uniforms, guidance_scale, filters)
 
 
@@ -225,7 +226,7 @@ def _draw(
     first_cell: int,
     uniforms: torch.Tensor,
     guidance_scale: float,
-    filters: dict[str, float],
+    filters: dict[str, Any],
 ) -> Iterator[tuple[int, torch.Tensor]]:
     num_images, num_cells = tokens.shape
     num_rows = num_images * (2 if guidance_scale > 1 else 1)  # the conditional ones, then the unconditional ones

@@ -34,7 +34,8 @@ class CaptionImageStream(CaptionImageReader):
         self, lane: int = 0, num_lanes: int = 1, position: dict[str, int] | None = None
     ) -> Iterator[tuple[dict, dict[str, int]]]:
         """Endless items of a lane from `position` on, each with the position after it."""
-        skipped, num_broken = {}, 0
+        skipped: dict[str, str] = {}
+        num_broken = 0
         rows = Lane(self.rows, self.seed, self.shuffle_buffer_size, lane, num_lanes)
         for place, row, after in rows.read(position):
             item = catch_error(self._make_read_item, row, *place)

@@ -149,7 +149,7 @@ def find_samples(file: io.BufferedReader) -> Iterator[tuple[str, int, int]]:
                         key, start = name[0], member.offset
                     end = tar.offset
                 offset = tar.offset
-                tar.members = []  # or it would keep them all
+                tar.members = []  # type: ignore[attr-defined]  # or it would keep them all
             file.seek(offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes garbage for the end
                 raise tarfile.ReadError("no end mark")

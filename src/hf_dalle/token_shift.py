@@ -20,7 +20,7 @@ def count_shift_bytes(config, dtype: torch.dtype) -> int:
 class ShiftedCells:
     """The channels that later cells shift in, of the last `image_grid_size` cells: rows x cells x half a width."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.states: torch.Tensor | None = None
 
     def join(self, new: torch.Tensor, grid_size: int) -> torch.Tensor:

@@ -181,14 +181,13 @@ class BpeDropout:
         is_skipped = (rng.random(sum(num_draws for _, num_draws in plans)) < self.p).tolist()
         if not any(is_skipped):
             return list(ids)
-        result, start = [], 0
+        result: list[int] = []
+        start = 0
         for word, (symbols, num_draws) in zip(words, plans, strict=True):
             draws, start = is_skipped[start : start + num_draws], start + num_draws
-            if any(draws):
-                # A skipped merge is tried again, which may take more draws.
-                more = (rng.random() < self.p for _ in repeat(None))
-                word, _ = self._merge(symbols, chain(draws, more))
-            result += word
+            # A skipped merge is tried again, which may take more draws.
+            more = (rng.random() < self.p for _ in repeat(None))
+            result += self._merge(symbols, chain(draws, more))[0] if any(draws) else word
         return result
 
     def find_token(self, plain_ids: Sequence[int], kept_ids: Sequence[int]) -> int:
@@ -219,7 +218,8 @@ class BpeDropout:
         """Merges, the lowest rank first, then the leftmost; gives the ids and the number of draws that it took."""
         ids, end, num_draws = list(symbols), len(symbols), 0
         following, previous = list(range(1, end + 1)), list(range(-1, end - 1))
-        queue, skipped = [], []
+        queue: list[tuple[int, int, int]] = []
+        skipped: list[tuple[int, int, int]] = []
 
         def add(left: int):
             if left >= 0 and following[left] < end and (ids[left], ids[following[left]]) in self._merges:
