@@ -15,8 +15,8 @@ help: ## list the targets
 
 # Passive: threads that spin while they wait draw ten times slower where another process has one of the cores.
 demo: $(VENV)/.installed ## draw four pictures with checkpoints/emoji-mini
-	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(BIN)/hf-dalle draw "a glossy 3d style emoji of hedgehog" \
-		--checkpoint checkpoints/emoji-mini --num_images 4 --seed 0 --output hedgehog.png
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(BIN)/hf-dalle draw "a glossy 3d style emoji of teddy bear" \
+		--checkpoint checkpoints/emoji-mini --num_images 4 --seed 0 --output teddy_bear.png
 
 lora: $(VENV)/.installed-dev ## teach checkpoints/emoji-mini a new style from 100 pictures; needs npm
 	$(BIN)/python training/prepare_style.py

@@ -149,7 +149,7 @@ def draw_rows() -> Image.Image:
         if (cell + 1) % (2 * grid) == 0:
             shown.append(pipe.decode_partial(tensors["latents"]))
 
-    prompts = ["a twemoji style emoji of smiling face with sunglasses", "a glossy 3d style emoji of hedgehog"]
+    prompts = ["a twemoji style emoji of smiling face with sunglasses", "a glossy 3d style emoji of teddy bear"]
     generators = [torch.Generator().manual_seed(0) for _ in prompts]
     pipe(prompts, generator=generators, callback_on_step_end=keep)
     return _tile([[step[row] for step in shown] for row in range(len(prompts))], gap=4)
