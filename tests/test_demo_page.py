@@ -61,7 +61,8 @@ def serve(folder, *options, checkpoint=None, **parts):
         run_demo,
         [str(checkpoint), "--device", "cpu", *options],
         output=log,
-        environment={"TMPDIR": str(temporary)},
+        # onnxruntime, of the extra `safety`, else keeps a telemetry session there when diffusers imports it
+        environment={"TMPDIR": str(temporary), "ORT_DISABLE_TELEMETRY": "1"},
         preload="hf_dalle.gradio_app",
     )
     try:
@@ -298,9 +299,9 @@ def test_the_space_runs_as_it_is(tmp_path):
 def test_emoji_mini_as_in_the_readme(tmp_path):
     """HF_DALLE_SCREENSHOTS=docs leaves the README's picture, demo.png."""
     with serve(tmp_path, checkpoint=ROOT / "checkpoints" / "emoji-mini") as url, open_browser() as browser:
-        browser.set_window_size(1280, 1100)
+        browser.set_window_size(1280, 1130)
         open_page(browser, url)
-        browser.execute_script("document.querySelector('#examples button').click()")
+        browser.execute_script("document.querySelectorAll('#examples button')[2].click()")
         wait_for(lambda: ask(browser, "document.querySelector('#prompt textarea, #prompt input').value"))
         prompt = ask(browser, "document.querySelector('#prompt textarea, #prompt input').value")
         draw(browser, prompt, seed=0)
