@@ -38,7 +38,7 @@ FLOORS = [
         *("candidates", "processing_dalle", "lora_dalle", "publishing", "sampling", "reranking", "metrics"),
         *("gradient_scaling", "optimization", "power_sgd", "distribution_metrics", "safety_checker"),
     },
-    {"drawing", "evidence_lower_bound", "provenance"},
+    {"drawing", "evidence_lower_bound", "model_card", "provenance"},
     {"data", "pipeline_dalle"},
     {"hub", "streams", "drawing_service"},
     {"gradio_app"},
