@@ -247,7 +247,7 @@ def _shown_logits(dvae: DalleDVAE, decoded: DalleDVAEDecoderOutput) -> torch.Ten
 def join_streams(
     prior: torch.nn.Module, text_ids: torch.Tensor, attention_mask: torch.Tensor, codes: torch.Tensor
 ) -> torch.Tensor:
-    """B x (text states + ... + N) ids of the joint vocabulary, of codes B x h x w and one caption (1 x T) or B."""
+    """B whole streams, as ids of the joint vocabulary, of codes B x h x w and one caption (1 x T) or B."""
     text = (part.to(prior.device).expand(len(codes), -1) for part in (text_ids, attention_mask))
     return prior.join_stream(*text, codes.flatten(1).to(prior.device))["input_ids"]
 
