@@ -7,7 +7,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,8 +15,9 @@ from typing import Any, BinaryIO
 import torch
 from diffusers import ConfigMixin
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from hf_dalle import DALLEPipeline
+from hf_dalle import DalleImageProcessor, DALLEPipeline
 
 from .key_map import KeyMap, list_parameters
 
@@ -63,6 +64,10 @@ class Facts:
     notes: list[str] = field(default_factory=list)
     license_name: str | None = None
     license_link: str | None = None
+
+    def with_note(self, note: str) -> "Facts":
+        """The same facts with one more note."""
+        return replace(self, notes=[*self.notes, note])
 
 
 @dataclass
@@ -137,6 +142,12 @@ def make_part(model: nn.Module, tensors: Mapping[str, Any]) -> Part:
         tensors (`Mapping[str, StoredTensor]`): the source's.
     """
     return Part(model, KeyMap(tensors, list_parameters(model)))
+
+
+def join_parts(prior: Part, dvae: Part, tokenizer: PreTrainedTokenizerBase) -> dict[str, Part]:
+    """The parts of a pipeline by name; its image processor has the size of the dVAE's pictures."""
+    image_processor = DalleImageProcessor(size=dvae.content.config.sample_size)
+    return {"prior": prior, "dvae": dvae, "tokenizer": Part(tokenizer), "image_processor": Part(image_processor)}
 
 
 def fill_module(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:

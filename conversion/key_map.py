@@ -136,6 +136,11 @@ def list_parameters(model: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
 
 
+def join_rows(*parts: torch.Tensor) -> torch.Tensor:
+    """The `change` of a rule that puts weights one under the other."""
+    return torch.cat(parts)
+
+
 def _find_repeated(names: list[str]) -> set[str]:
     return {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
 

@@ -47,9 +47,9 @@ def expect_count(settings: Mapping[str, Any], name: str, where: str) -> int:
     return value
 
 
-def expect_flag(settings: Mapping[str, Any], name: str, where: str, default: bool = False) -> bool:
-    """The truth value that a setting must be where it is there; `None` counts as `False`."""
-    value = settings.get(name, default)
+def expect_flag(settings: Mapping[str, Any], name: str, where: str) -> bool:
+    """The truth value that a setting must be where it is there, else `False`, as which `None` counts too."""
+    value = settings.get(name)
     if type(value) not in (bool, type(None)):
         raise ValueError(f"`{name}` of {where} is {describe(value)}; expected True or False.")
     return bool(value)

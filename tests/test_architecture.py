@@ -18,9 +18,11 @@ PACKAGE = ROOT / "src" / "hf_dalle"
 # A module imports from lower floors only, never sideways, never up. `__init__` stands above all of them.
 FLOORS = [
     {
-        *("configuration_dalle_prior", "decode_attention", "image_attention", "linear_dalle", "logit_laplace"),
-        *("row_order", "tar_shards", "bordered_attention", "configuration_family_prior", "web_door"),
+        *("decode_attention", "image_attention", "bordered_attention", "linear_dalle", "logit_laplace"),
+        *("row_order", "tar_shards", "web_door"),
     },
+    {"configuration_dalle_prior"},
+    {"configuration_family_prior"},
     {"autoencoder_dalle", "cache_dalle", "losses", "sparse_attention", "grid_rotary"},
     {"generation_dalle_prior", "training_cost", "token_shift"},
     {
@@ -36,7 +38,7 @@ FLOORS = [
         *("candidates", "processing_dalle", "lora_dalle", "publishing", "sampling", "reranking", "metrics"),
         *("gradient_scaling", "optimization", "power_sgd", "distribution_metrics", "safety_checker"),
     },
-    {"drawing", "evidence_lower_bound", "provenance"},
+    {"drawing", "evidence_lower_bound", "model_card", "provenance"},
     {"data", "pipeline_dalle"},
     {"hub", "streams", "drawing_service"},
     {"gradio_app"},

@@ -17,11 +17,22 @@ import json, sys, torch, hf_dalle
 from diffusers import DiffusionPipeline
 from hf_dalle import DALLEPipeline
 
+NAME = "me/emoji-mini"
+
 def draw(pipe):
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     images = pipe("a red fox", num_images_per_prompt=2, generator=generator, output_type="latent").images
     return [type(pipe).__name__, pipe.guidance_scale, images.tolist()]
+
+def draw_each():
+    return {
+        "DALLEPipeline": draw(DALLEPipeline.from_pretrained(NAME)),
+        "DiffusionPipeline": draw(DiffusionPipeline.from_pretrained("me/twin")),
+        "variant": draw(DALLEPipeline.from_pretrained("me/variants", variant="fp16", dtype=torch.float16)),
+        "sharded": draw(DALLEPipeline.from_pretrained("me/sharded")),
+        "branch": draw(DALLEPipeline.from_pretrained(NAME, revision="another")),
+    }
 
 def refusal(load):
     try:
@@ -33,13 +44,9 @@ ONLINE = """
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 from huggingface_hub import list_repo_refs
 
-NAME, first_commit = "me/emoji-mini", sys.argv[1]
+first_commit = sys.argv[1]
 seen = {
-    "DALLEPipeline": draw(DALLEPipeline.from_pretrained(NAME)),
-    "DiffusionPipeline": draw(DiffusionPipeline.from_pretrained("me/twin")),
-    "variant": draw(DALLEPipeline.from_pretrained("me/variants", variant="fp16", dtype=torch.float16)),
-    "sharded": draw(DALLEPipeline.from_pretrained("me/sharded")),
-    "branch": draw(DALLEPipeline.from_pretrained(NAME, revision="another")),
+    **draw_each(),
     "commit": draw(DALLEPipeline.from_pretrained(NAME, revision=first_commit)),
     "private": draw(DALLEPipeline.from_pretrained("me/secret")),
     "refs": [ref.name for ref in list_repo_refs(NAME).branches],
@@ -68,13 +75,8 @@ print(json.dumps(seen))
 OFFLINE = """
 from transformers import AutoModelForCausalLM, AutoProcessor
 
-NAME = "me/emoji-mini"
 seen = {
-    "DALLEPipeline": draw(DALLEPipeline.from_pretrained(NAME)),
-    "DiffusionPipeline": draw(DiffusionPipeline.from_pretrained("me/twin")),
-    "variant": draw(DALLEPipeline.from_pretrained("me/variants", variant="fp16", dtype=torch.float16)),
-    "sharded": draw(DALLEPipeline.from_pretrained("me/sharded")),
-    "branch": draw(DALLEPipeline.from_pretrained(NAME, revision="another")),
+    **draw_each(),
     "AutoModelForCausalLM": type(AutoModelForCausalLM.from_pretrained(NAME, subfolder="prior")).__name__,
     "AutoProcessor": type(AutoProcessor.from_pretrained(NAME)).__name__,
     "never loaded": refusal(lambda: DALLEPipeline.from_pretrained("me/hidden")),

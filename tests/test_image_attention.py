@@ -5,7 +5,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_dalle import configuration_dalle_prior
 from hf_dalle.image_attention import (
     ATTENTION_TYPES,
     image_attention_mask,
@@ -170,10 +169,6 @@ def test_masks_first_made_in_inference_mode_serve_training_too():
     with torch.inference_mode():
         masks = image_attention_mask("row", 8), stream_attention_mask("row", 11, 8)  # sizes of this test alone
     assert not any(mask.is_inference() for mask in masks)
-
-
-def test_the_configuration_knows_the_same_types():
-    assert configuration_dalle_prior.ATTENTION_TYPES == ATTENTION_TYPES
 
 
 def test_unknown_type_is_named_beside_the_valid_ones():

@@ -24,7 +24,7 @@ from tiny_report import CARDS, ROOT, make_facts, make_report, make_split, render
 from tiny_training import VALIDATION, dvae_settings, prior_settings, run, write_data, write_settings
 
 from hf_dalle import DalleDVAE
-from hf_dalle.hub import publish_settings
+from hf_dalle.model_card import publish_settings
 
 
 SECTIONS = [

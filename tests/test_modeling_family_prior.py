@@ -245,6 +245,8 @@ def test_what_the_prior_cannot_do_is_refused():
             getattr(cache, method)(argument)
     with pytest.raises(ValueError, match="'sparse'"):
         build_family_prior(attention_types=["sparse"] * 4)
+    with pytest.raises(ValueError, match="`num_attention_heads` must be at least 1, got 0"):
+        DalleFamilyPriorConfig(num_attention_heads=0)
 
 
 def test_the_cache_has_the_bytes_that_are_counted_before():

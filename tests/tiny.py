@@ -8,11 +8,11 @@ from transformers import CLIPConfig, CLIPModel, CLIPProcessor, PreTrainedTokeniz
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from hf_dalle import DalleDVAE, DalleImageProcessor, DALLEPipeline, DallePriorConfig, DallePriorForCausalLM
+from hf_dalle.image_attention import ATTENTION_TYPES
 from hf_dalle.tokenization_dalle import train_tokenizer
 
 
 CAPTIONS = ["a red fox", "a blue bird", "a glossy 3d style emoji of hedgehog", "two green apples on a table"]
-ATTENTION_TYPES = ("full", "row", "column", "conv")
 
 
 def build_tokenizer(vocab_size: int = 300, text_length: int = 12) -> PreTrainedTokenizerFast:

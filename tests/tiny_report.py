@@ -4,7 +4,7 @@ from pathlib import Path
 
 import render_card
 
-from hf_dalle.hub import render_model_card
+from hf_dalle.model_card import render_model_card
 
 
 ROOT = Path(__file__).parents[1]

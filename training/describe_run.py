@@ -13,7 +13,7 @@ from typing import Any
 from arguments import STAGES, TrainArguments, read_yaml
 from safetensors import safe_open
 
-from hf_dalle.hub import publish_settings
+from hf_dalle.model_card import publish_settings
 
 
 # Numbers of the log that say how the run went, not what came of it.

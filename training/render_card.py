@@ -2,7 +2,7 @@
 
 The folder holds report.json with its pictures (by `evaluate.py`) and facts.yaml, what no measurement gives; README.md
 is written beside them, and with `--checkpoint` into the model's own folder too, with the pictures that it shows. What
-a card says stands in `model_cards/template.md`, how it is filled in `hf_dalle.hub`.
+a card says stands in `model_cards/template.md`, how it is filled in `hf_dalle.model_card`.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard
 
-from hf_dalle.hub import render_model_card
+from hf_dalle.model_card import render_model_card
 
 
 TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"

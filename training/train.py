@@ -25,7 +25,7 @@ from describe_run import describe_training
 from interruptions import Stopped
 from reporting import tracker_options
 
-from hf_dalle.hub import render_model_card
+from hf_dalle.model_card import render_model_card
 from hf_dalle.publishing import check_token, list_files, prepare_repository, push_files
 
 

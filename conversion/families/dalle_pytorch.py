@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_dalle import DalleFamilyPriorConfig, DalleFamilyPriorForCausalLM, DalleImageProcessor
+from hf_dalle import DalleFamilyPriorConfig, DalleFamilyPriorForCausalLM
 from hf_dalle.grid_rotary import rotary_table
 
-from ..folders import Conversion, Facts, Part, build_on_meta, make_part
-from ..key_map import KeyMap
+from ..folders import Conversion, Facts, build_on_meta, join_parts, make_part
+from ..key_map import KeyMap, join_rows
 from ..safe_load import list_tensors, load_checkpoint
 from ..settings import describe, expect_count, expect_dict, expect_flag, expect_names, expect_number
 from ..sizes import count_numbered, find_shape
+from ..sources import BESIDE, find_file, list_beside
 from .caption_tokenizers import (
     is_json_tokenizer,
     read_bert_vocabulary,
@@ -31,7 +32,7 @@ from .caption_tokenizers import (
 )
 from .dalle_pytorch_check import FIRST_CAUSAL_CONV, verify
 from .dalle_pytorch_vae import map_image_model
-from .vqgan import BESIDE, count_levels, list_beside
+from .vqgan import count_levels
 
 
 __all__ = ["read_source", "verify"]
@@ -85,7 +86,7 @@ def read_source(source: Path) -> Conversion:
         OSError: for a file that is missing or damaged.
         ValueError: for what is not DALLE-pytorch's, or not supported.
     """
-    file, folder = find_checkpoint(source)
+    file = find_file(source, (".pt",))
     content = expect_dict(load_checkpoint(file).content, f"The content of {file}")
     missing = [name for name in ("hparams", "weights") if name not in content]
     if missing:
@@ -105,25 +106,9 @@ def read_source(source: Path) -> Conversion:
     prior = make_part(build_on_meta(DalleFamilyPriorForCausalLM, config), tensors)
     map_keys(prior.keys, config)
     prior.keys.drop_beside(list_beside(content, USED), BESIDE)
-    tokenizer_file, found = find_tokenizer(folder, hparams["num_text_tokens"])
+    tokenizer_file, found = find_tokenizer(file.parent, hparams["num_text_tokens"])
     tokenizer = read_tokenizer(tokenizer_file, hparams["num_text_tokens"], config.text_length)
-    parts = {
-        "prior": prior,
-        "dvae": dvae,
-        "tokenizer": Part(tokenizer),
-        "image_processor": Part(DalleImageProcessor(size=dvae.content.config.sample_size)),
-    }
-    return Conversion(parts, FACTS, [file, tokenizer_file], [*inferred, *found])
-
-
-def find_checkpoint(source: Path) -> tuple[Path, Path]:
-    """The `.pt` file, and the folder to look for a tokenizer in."""
-    if source.is_file():
-        return source, source.parent
-    files = sorted(source.glob("*.pt")) if source.is_dir() else []
-    if len(files) != 1:
-        raise OSError(f"{source} must be a `.pt` file or a folder with one of them; found {len(files)}.")
-    return files[0], source
+    return Conversion(join_parts(prior, dvae, tokenizer), FACTS, [file, tokenizer_file], [*inferred, *found])
 
 
 def read_version(value: Any) -> tuple[int, int] | None:
@@ -317,11 +302,6 @@ SUFFIXES = (
     (*_ENDS, "to_qkv.weight", "to_out.0.weight", "to_out.0.bias"),
     (*_ENDS, "net.0.weight", "net.0.bias", "net.3.weight", "net.3.bias"),
 )
-
-
-def join_rows(text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-    """Two embeddings to that of the joint vocabulary."""
-    return torch.cat([text, image])
 
 
 def add_rows_and_columns(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

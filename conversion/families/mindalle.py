@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 
-from hf_dalle import DalleFamilyPriorConfig, DalleFamilyPriorForCausalLM, DalleImageProcessor
+from hf_dalle import DalleFamilyPriorConfig, DalleFamilyPriorForCausalLM
 
 from ..cards import Verification
-from ..folders import Conversion, Facts, Part, build_on_meta, fill_module, make_part
-from ..key_map import KeyMap
+from ..folders import Conversion, Facts, build_on_meta, fill_module, join_parts, make_part
+from ..key_map import KeyMap, join_rows
 from ..safe_load import list_tensors, load_checkpoint
 from ..settings import expect_count, expect_dict, expect_flag, read_yaml
 from ..sizes import count_numbered, find_shape
+from ..sources import BESIDE, LIGHTNING_CLASSES, list_beside
 from .caption_tokenizers import read_char_bpe
 from .prior_check import Original, verify_pipeline
-from .vqgan import BESIDE, LIGHTNING_CLASSES, expect_resolution, list_beside, map_vqgan
+from .vqgan import expect_resolution, map_vqgan
 
 
 FILES = (
@@ -72,13 +73,7 @@ def read_source(source: Path) -> Conversion:
     prior.keys.drop_beside(beside, BESIDE)
     dvae.keys.drop_beside(beside_stage1, BESIDE)
     tokenizer = read_char_bpe(files[3], files[4], config.text_length)
-    parts = {
-        "prior": prior,
-        "dvae": dvae,
-        "tokenizer": Part(tokenizer),
-        "image_processor": Part(DalleImageProcessor(size=dvae.content.config.sample_size)),
-    }
-    return Conversion(parts, FACTS, files, [*inferred, *found])
+    return Conversion(join_parts(prior, dvae, tokenizer), FACTS, files, [*inferred, *found])
 
 
 def read_state_dict(path: Path) -> tuple[dict[str, Any], list[str]]:
@@ -152,11 +147,6 @@ def map_keys(keys: KeyMap, config: DalleFamilyPriorConfig) -> None:
     for ours, theirs in pairs.items():
         for name in ("weight", "bias"):
             keys.add(f"{ours}.{name}", f"{theirs}.{name}")
-
-
-def join_rows(*parts: torch.Tensor) -> torch.Tensor:
-    """Weights one under the other."""
-    return torch.cat(parts)
 
 
 def join_heads(text: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,6 +17,7 @@ from ..cards import Check, Verification
 from ..folders import Conversion, Facts, Part, build_on_meta, fill_module, make_part
 from ..safe_load import StoredTensor, list_tensors, load_checkpoint
 from ..sizes import count_numbered, find_shape
+from .image_check import draw_pixels, find_largest_difference
 
 
 NUM_GROUPS = 4
@@ -134,21 +135,20 @@ def verify(folder: Path, conversion: Conversion) -> Verification:
 @torch.no_grad()
 def verify_dvae(dvae: DalleDVAE, conversion: Conversion, part: str) -> Verification:
     """[`verify`] for the model that was converted as a part of several."""
-    size = dvae.config.sample_size
-    pixels = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    pixels = draw_pixels(dvae.config.sample_size)
     encoded = dvae.encode(pixels)
     decoded = dvae.decode(encoded.tokens)
     against, logits, maps = run_original(dvae, conversion, part, map_pixels(pixels), encoded.tokens)
     checks = [
-        Check("largest difference of the encoder's logits", _largest_difference(encoded.logits, logits), 1e-3),
+        Check("largest difference of the encoder's logits", find_largest_difference(encoded.logits, logits), 1e-3),
         Check("tokens that differ", (encoded.tokens != logits.argmax(dim=1)).sum().item(), 0),
         Check("pixels that are not finite", (~decoded.sample.isfinite()).sum().item(), 0),
     ]
     if maps is not None:
         own_maps, sample = torch.cat([decoded.mu, decoded.log_b], dim=1), unmap_pixels(torch.sigmoid(maps[:, :3]))
         checks += [
-            Check("largest difference of the decoder's maps", _largest_difference(own_maps, maps), 1e-3),
-            Check("largest difference of pixels in [0, 1]", _largest_difference(decoded.sample, sample), 1e-4),
+            Check("largest difference of the decoder's maps", find_largest_difference(own_maps, maps), 1e-3),
+            Check("largest difference of pixels in [0, 1]", find_largest_difference(decoded.sample, sample), 1e-4),
         ]
     return Verification(against, checks)
 
@@ -190,7 +190,3 @@ def _run_flava(stored: Mapping[str, torch.Tensor], config: dict, mapped: torch.T
         weights[re.sub(r"(group_\d)\.block", r"\1.group.block", name)] = tensor
     fill_module(codebook, weights)
     return codebook.blocks(mapped)
-
-
-def _largest_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return (ours - theirs).abs().max().item()

@@ -18,6 +18,7 @@ from ..captions import make_captions
 from ..cards import Check, Verification
 from ..folders import Conversion
 from .dalle_pytorch_vae import verify_discrete_vae
+from .image_check import find_largest_difference
 from .openai_dvae import verify_dvae
 from .vqgan import verify_vqgan
 
@@ -178,8 +179,3 @@ def compare_cached(prior: DalleFamilyPriorForCausalLM, stream: torch.Tensor, ima
         step = prior(stream[:, state, None], past_key_values=cache, use_cache=True)
         differences.append(find_largest_difference(step.image_logits[:, 0], image_logits[:, state]))
     return max(differences)
-
-
-def find_largest_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The largest of the absolute differences."""
-    return (ours - theirs).abs().max().item()

@@ -10,17 +10,18 @@ from typing import Any
 
 import torch
 
-from hf_dalle import DalleFamilyPriorConfig, DalleFamilyPriorForCausalLM, DalleImageProcessor
+from hf_dalle import DalleFamilyPriorConfig, DalleFamilyPriorForCausalLM
 from hf_dalle.modeling_family_prior import family_attention_mask
 
 from ..cards import Verification
-from ..folders import Conversion, Facts, Part, build_on_meta, fill_module, make_part
-from ..key_map import KeyMap
+from ..folders import Conversion, Facts, build_on_meta, fill_module, join_parts, make_part
+from ..key_map import KeyMap, join_rows
 from ..safe_load import list_tensors, load_checkpoint
 from ..sizes import count_numbered, find_shape
+from ..sources import BESIDE, LIGHTNING_CLASSES, find_file, list_beside, take_weights
 from .caption_tokenizers import read_youtokentome
 from .prior_check import Original, verify_pipeline
-from .vqgan import BESIDE, LIGHTNING_CLASSES, add_note, count_levels, find_file, list_beside, map_vqgan, take_weights
+from .vqgan import count_levels, map_vqgan
 
 
 FORMS = ("v2", "v3")
@@ -91,14 +92,8 @@ def read_source(source: Path, form: str | None = None) -> Conversion:
         raise ValueError(
             f"{files[2].name} has {len(tokenizer)} ids, but the prior was trained with {config.text_vocab_size}."
         )
-    parts = {
-        "prior": prior,
-        "dvae": dvae,
-        "tokenizer": Part(tokenizer),
-        "image_processor": Part(DalleImageProcessor(size=dvae.content.config.sample_size)),
-    }
-    facts = FACTS if form == "v2" else add_note(FACTS, V3_NOTE)
-    return Conversion(parts, facts, files, [*inferred, *found])
+    facts = FACTS if form == "v2" else FACTS.with_note(V3_NOTE)
+    return Conversion(join_parts(prior, dvae, tokenizer), facts, files, [*inferred, *found])
 
 
 def find_form(tensors: Mapping[str, Any], form: str | None, name: str) -> tuple[str, str]:
@@ -212,11 +207,6 @@ def map_keys(keys: KeyMap, config: DalleFamilyPriorConfig) -> None:
         for name in ("weight", "bias"):
             keys.add(f"{ours}.{name}", f"{theirs}.{name}")
     drop_masks(keys, config)
-
-
-def join_rows(text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-    """Two embeddings to that of the joint vocabulary."""
-    return torch.cat([text, image])
 
 
 def add_rows_and_columns(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -14,23 +14,18 @@ from torch import nn
 
 from hf_dalle import DalleVQGAN
 
-from ..cards import Check, Verification
+from ..cards import Verification
 from ..folders import Conversion, Facts, Part, build_on_meta, fill_module, make_part
 from ..safe_load import StoredTensor, list_tensors, load_checkpoint
 from ..settings import describe, read_yaml
 from ..sizes import count_numbered, find_shape
+from ..sources import BESIDE, LIGHTNING_CLASSES, find_file, list_beside, take_weights
+from .image_check import compare_image_model
 
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 DEFAULT_RESOLUTION = 256
-BESIDE = "entries of the file beside the weights, which only training needs"
 MAX_LEVELS = 10  # each halves the picture
-# What PyTorch Lightning writes beside the weights: keys of a dict, and numbers that are not looked at.
-LIGHTNING_CLASSES = [
-    *("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-    *("pytorch_lightning.callbacks.early_stopping.EarlyStopping", "pytorch_lightning.utilities.parsing.AttributeDict"),
-]
 FACTS = Facts(
     title="A VQGAN of taming-transformers",
     origin=(
@@ -68,19 +63,8 @@ def read_source(source: Path) -> Conversion:
     part, inferred = map_vqgan(list_tensors(take_weights(content)), resolution)
     part.keys.drop_beside(list_beside(content), BESIDE)
     files = [file, *(configs if resolution is not None else [])]
-    facts = FACTS if part.content.config.quantizer == "nearest" else add_note(FACTS, NOISE_NOTE)
+    facts = FACTS if part.content.config.quantizer == "nearest" else FACTS.with_note(NOISE_NOTE)
     return Conversion({"": part}, facts, files, inferred)
-
-
-def take_weights(content: Any) -> Any:
-    """The state dict of a checkpoint of PyTorch Lightning, or what is one itself."""
-    return content.get("state_dict", content) if type(content) is dict else content
-
-
-def list_beside(content: Any, used: tuple[str, ...] = ("state_dict",)) -> list[str]:
-    """The entries of a checkpoint beside those that are used; none of a dict that is a state dict itself."""
-    is_state_dict = type(content) is not dict or used[-1] not in content
-    return [] if is_state_dict else [str(key)[:100] for key in content if key not in used]
 
 
 def count_levels(tensors: Mapping[str, StoredTensor], prefix: str = "") -> int:
@@ -94,17 +78,6 @@ def count_levels(tensors: Mapping[str, StoredTensor], prefix: str = "") -> int:
     return num_levels
 
 
-def find_file(source: Path, suffixes: tuple[str, ...]) -> Path:
-    """The file that `source` is, or the only one of these suffixes in a folder."""
-    if source.is_file():
-        return source
-    found = sorted(path for path in source.glob("*") if path.suffix in suffixes) if source.is_dir() else []
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise OSError(f"{source} must be a checkpoint ({', '.join(suffixes)}) or a folder with one; found: {names}.")
-    return found[0]
-
-
 def read_resolution(path: Path) -> int | None:
     """`model.params.ddconfig.resolution` of a configuration file; `None` if it has none."""
     return expect_resolution(read_yaml(path, "model", "params", "ddconfig", "resolution"), path)
@@ -115,11 +88,6 @@ def expect_resolution(value: Any, path: Path) -> int | None:
     if value is not None and (type(value) is not int or not 1 <= value <= 2**16):
         raise ValueError(f"`resolution` of {path} is {describe(value)}; expected the side of the pictures in pixels.")
     return value
-
-
-def add_note(facts: Facts, note: str) -> Facts:
-    """The same facts with one more note."""
-    return Facts(**{**vars(facts), "notes": [*facts.notes, note]})
 
 
 def map_vqgan(tensors: Mapping[str, StoredTensor], resolution: int | None = None) -> tuple[Part, list[str]]:
@@ -204,28 +172,12 @@ def verify(folder: Path, conversion: Conversion) -> Verification:
 @torch.no_grad()
 def verify_vqgan(vqgan: DalleVQGAN, conversion: Conversion, part: str) -> Verification:
     """[`verify`] for the model that was converted as a part of several."""
-    size = vqgan.config.sample_size
-    pixels = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
-    encoded = vqgan.encode(pixels)
-    sample = vqgan.decode(encoded.tokens).sample
-    num_broken = sum((~values.isfinite()).sum().item() for values in (encoded.logits, sample))
-    checks = [Check("values that are not finite", num_broken, 0)]
     try:
         from taming.modules.diffusionmodules.model import Decoder, Encoder
     except ImportError:
-        one_hot = F.one_hot(encoded.tokens, vqgan.config.vocab_size).movedim(-1, 1).float()
-        difference = (vqgan.decode(one_hot).sample - sample).abs().max().item()
-        checks.append(Check("largest difference of pixels from tokens and from one-hot vectors", difference, 1e-4))
-        return Verification("itself (taming-transformers is not installed)", checks)
-    weights = dict(conversion.read_rounded(part))
-    original = OriginalVQGAN(Encoder, Decoder, weights, vqgan.config)
-    logits = original.compute_logits(pixels)
-    checks += [
-        Check("tokens that differ", (encoded.tokens != logits.argmax(dim=1)).sum().item(), 0),
-        Check("largest difference of logits", (encoded.logits - logits).abs().max().item(), 1e-3),
-        Check("largest difference of pixels", (sample - original.decode(encoded.tokens)).abs().max().item(), 1e-4),
-    ]
-    return Verification("taming-transformers", checks)
+        return compare_image_model(vqgan, "taming-transformers")
+    original = OriginalVQGAN(Encoder, Decoder, dict(conversion.read_rounded(part)), vqgan.config)
+    return compare_image_model(vqgan, "taming-transformers", original.compute_logits, original.decode)
 
 
 class OriginalVQGAN:

@@ -1,4 +1,4 @@
-"""What all autoencoders of pictures and image tokens share: checks at the door, loading, an honest configuration.
+"""What all autoencoders of pictures and image tokens share: `encode` and `decode`, loading, an honest configuration.
 
 The models are `autoencoder_dalle_*.py`'s; what a pipeline asks of them is `encode(pixel_values).tokens`,
 `decode(tokens).sample`, `image_grid_size`, `widest_map`, and `sample_size` and `vocab_size` in their `config`.
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 
 
 @dataclass
@@ -41,7 +42,10 @@ class DalleDecoderOutput(BaseOutput):
 
 
 class DalleAutoencoderMixin:
-    """For a `ModelMixin` with `config.sample_size`, `config.vocab_size` and a `downsampling_factor`."""
+    """
+    For a `ModelMixin` with `config.sample_size`, `config.vocab_size`, a `downsampling_factor`, and what `encode` and
+    `decode` do behind their checks: `_compute_logits` and `_decode`.
+    """
 
     config: Any
 
@@ -50,10 +54,52 @@ class DalleAutoencoderMixin:
         """Pixels a side of a token's cell."""
         raise NotImplementedError
 
+    def _compute_logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """B x 3 x H x W in [0, 1] to B x K x h x w, as [`DalleEncoderOutput`] has them."""
+        raise NotImplementedError
+
+    def _decode(self, codes: torch.Tensor) -> DalleDecoderOutput:
+        """Tokens B x h x w or relaxed one-hot vectors B x K x h x w to pictures."""
+        raise NotImplementedError
+
     @property
     def image_grid_size(self) -> int:
         """Tokens a side of a picture of `sample_size`."""
         return self.config.sample_size // self.downsampling_factor
+
+    @apply_forward_hook
+    def encode(self, pixel_values: torch.Tensor, return_dict: bool = True) -> DalleEncoderOutput | tuple:
+        """
+        Pictures to image tokens.
+
+        Args:
+            pixel_values (`torch.Tensor`): B x 3 x H x W in [0, 1]; H and W multiples of the downsampling.
+            return_dict (`bool`): `False` returns the tuple `(logits, tokens)`.
+
+        Raises:
+            ValueError: for pictures of another shape or range.
+        """
+        self.check_pixels(pixel_values)
+        self.check_range(pixel_values)
+        logits = self._compute_logits(pixel_values)
+        output = DalleEncoderOutput(logits=logits, tokens=logits.argmax(dim=1))
+        return output if return_dict else output.to_tuple()
+
+    @apply_forward_hook
+    def decode(self, codes: torch.Tensor, return_dict: bool = True) -> DalleDecoderOutput | tuple:
+        """
+        Image tokens to pictures.
+
+        Args:
+            codes (`torch.Tensor`): tokens, B x h x w integers in [0, K), or relaxed one-hot vectors, B x K x h x w.
+            return_dict (`bool`): `False` returns the output as a tuple.
+
+        Raises:
+            ValueError: for codes of another shape, or tokens outside [0, K).
+        """
+        self.check_codes(codes)
+        output = self._decode(codes)
+        return output if return_dict else output.to_tuple()
 
     def check_pixels(self, pixel_values: torch.Tensor) -> None:
         """Raises `ValueError` for what is no batch of floating-point pictures of whole cells."""

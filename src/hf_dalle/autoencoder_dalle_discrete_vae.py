@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from .autoencoder_dalle import DalleAutoencoderMixin, DalleDecoderOutput, DalleEncoderOutput, embed_codes
+from .autoencoder_dalle import DalleAutoencoderMixin, DalleDecoderOutput, embed_codes
 
 
 class DalleDiscreteResnetBlock(nn.Module):
@@ -67,7 +66,7 @@ class DalleDiscreteDecoder(nn.Module):
 
 class DalleDiscreteVAE(DalleAutoencoderMixin, ModelMixin, ConfigMixin):
     r"""
-    DALLE-pytorch's `DiscreteVAE`.
+    DALLE-pytorch's `DiscreteVAE`, except that its own `decode` returns pictures as normalised as its input was.
 
     Args:
         sample_size (`int`): side of the pictures, in pixels.
@@ -122,42 +121,14 @@ class DalleDiscreteVAE(DalleAutoencoderMixin, ModelMixin, ConfigMixin):
         mean, std = self.config.pixel_mean or (0.0,) * 3, self.config.pixel_std or (1.0,) * 3
         return like.new_tensor(mean)[:, None, None], like.new_tensor(std)[:, None, None]
 
-    @apply_forward_hook
-    def encode(self, pixel_values: torch.Tensor, return_dict: bool = True) -> DalleEncoderOutput | tuple:
-        """
-        Pictures to image tokens.
-
-        Args:
-            pixel_values (`torch.Tensor`): B x 3 x H x W in [0, 1]; H and W multiples of the downsampling.
-            return_dict (`bool`): `False` returns the tuple `(logits, tokens)`.
-
-        Raises:
-            ValueError: for pictures of another shape or range.
-        """
-        self.check_pixels(pixel_values)
-        self.check_range(pixel_values)
+    def _compute_logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
         mean, std = self._get_normalization(pixel_values)
-        logits = self.encoder((pixel_values - mean) / std)
-        output = DalleEncoderOutput(logits=logits, tokens=logits.argmax(dim=1))
-        return output if return_dict else output.to_tuple()
+        return self.encoder((pixel_values - mean) / std)
 
-    @apply_forward_hook
-    def decode(self, codes: torch.Tensor, return_dict: bool = True) -> DalleDecoderOutput | tuple:
-        """
-        Image tokens to pictures. (The original's `decode` returns them as normalised as its input was.)
-
-        Args:
-            codes (`torch.Tensor`): tokens, B x h x w integers in [0, K), or relaxed one-hot vectors, B x K x h x w.
-            return_dict (`bool`): `False` returns the tuple `(sample,)`.
-
-        Raises:
-            ValueError: for codes of another shape, or tokens outside [0, K).
-        """
-        self.check_codes(codes)
+    def _decode(self, codes: torch.Tensor) -> DalleDecoderOutput:
         normalized = self.decoder(embed_codes(self.codebook.weight, codes))
         mean, std = self._get_normalization(normalized)
-        output = DalleDecoderOutput(sample=(normalized * std + mean).clamp(0, 1))
-        return output if return_dict else output.to_tuple()
+        return DalleDecoderOutput(sample=(normalized * std + mean).clamp(0, 1))
 
     def forward(self, pixel_values: torch.Tensor, return_dict: bool = True) -> DalleDecoderOutput | tuple:
         """Pictures through their tokens and back, as `encode` and `decode` say."""

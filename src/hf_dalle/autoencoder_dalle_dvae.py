@@ -11,16 +11,9 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from .autoencoder_dalle import (
-    DalleAutoencoderMixin,
-    DalleDecoderOutput,
-    DalleEncoderOutput,
-    compare_codes,
-    embed_codes,
-)
+from .autoencoder_dalle import DalleAutoencoderMixin, DalleDecoderOutput, compare_codes, embed_codes
 from .logit_laplace import map_pixels, unmap_pixels
 
 
@@ -319,46 +312,17 @@ class DalleDVAE(DalleAutoencoderMixin, ModelMixin, ConfigMixin):
 
     def _encode(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The encoder's output map and the logits made of it: the same tensor with "gumbel"."""
-        self.check_pixels(pixel_values)
         encoded = self.encoder(map_pixels(pixel_values, self.config.logit_laplace_eps))
         return encoded, self.codebook(encoded) if self.config.quantizer == "nearest" else encoded
 
-    @apply_forward_hook
-    def encode(self, pixel_values: torch.Tensor, return_dict: bool = True) -> DalleEncoderOutput | tuple:
-        """
-        Pictures to image tokens.
+    def _compute_logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self._encode(pixel_values)[1]
 
-        Args:
-            pixel_values (`torch.Tensor`): B x 3 x H x W in [0, 1]; H and W multiples of the downsampling.
-            return_dict (`bool`): `False` returns the tuple `(logits, tokens)`.
+    def _decode(self, codes: torch.Tensor) -> DalleDVAEDecoderOutput:
+        codes = self.codebook.embed(codes) if self.config.quantizer == "nearest" else codes
+        return DalleDVAEDecoderOutput(**self._compute_maps(codes))
 
-        Raises:
-            ValueError: for pictures of another shape or range.
-        """
-        self.check_range(pixel_values)
-        _, logits = self._encode(pixel_values)
-        output = DalleEncoderOutput(logits=logits, tokens=logits.argmax(dim=1))
-        return output if return_dict else output.to_tuple()
-
-    @apply_forward_hook
-    def decode(self, codes: torch.Tensor, return_dict: bool = True) -> DalleDVAEDecoderOutput | tuple:
-        """
-        Image tokens to pictures.
-
-        Args:
-            codes (`torch.Tensor`): tokens, B x h x w integers in [0, K), or relaxed one-hot vectors, B x K x h x w.
-            return_dict (`bool`): `False` returns the tuple `(sample, mu, log_b)`.
-
-        Raises:
-            ValueError: for codes of another shape, or tokens outside [0, K).
-        """
-        self.check_codes(codes)
-        if self.config.quantizer == "nearest":
-            codes = self.codebook.embed(codes)
-        output = DalleDVAEDecoderOutput(**self._decode(codes))
-        return output if return_dict else output.to_tuple()
-
-    def _decode(self, codes: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _compute_maps(self, codes: torch.Tensor) -> dict[str, torch.Tensor]:
         mu, log_b = self.decoder(codes)
         return {"sample": unmap_pixels(torch.sigmoid(mu), self.config.logit_laplace_eps), "mu": mu, "log_b": log_b}
 
@@ -381,6 +345,7 @@ class DalleDVAE(DalleAutoencoderMixin, ModelMixin, ConfigMixin):
         """
         if temperature <= 0:
             raise ValueError(f"`temperature` is {temperature}; the gumbel-softmax needs one above 0.")
+        self.check_pixels(pixel_values)
         encoded, logits = self._encode(pixel_values)
         tokens = logits.argmax(dim=1)
         commitment_loss = logits.new_zeros(())
@@ -392,7 +357,8 @@ class DalleDVAE(DalleAutoencoderMixin, ModelMixin, ConfigMixin):
                 self.codebook.update(encoded, tokens)
         else:
             codes = gumbel_softmax(logits, temperature, generator)
-        output = DalleDVAEOutput(**self._decode(codes), logits=logits, tokens=tokens, commitment_loss=commitment_loss)
+        maps = self._compute_maps(codes)
+        output = DalleDVAEOutput(**maps, logits=logits, tokens=tokens, commitment_loss=commitment_loss)
         return output if return_dict else output.to_tuple()
 
 

@@ -9,16 +9,9 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from .autoencoder_dalle import (
-    DalleAutoencoderMixin,
-    DalleDecoderOutput,
-    DalleEncoderOutput,
-    compare_codes,
-    embed_codes,
-)
+from .autoencoder_dalle import DalleAutoencoderMixin, DalleDecoderOutput, compare_codes, embed_codes
 
 
 class DalleVQGANQuantizer(nn.Module):
@@ -49,7 +42,9 @@ class DalleVQGAN(DalleAutoencoderMixin, ModelMixin, ConfigMixin):
         attention_levels (`tuple[int]`): resolutions with self-attention, as indices into `block_out_channels`.
         latent_channels (`int`): width of what the encoder gives and the decoder takes.
         codebook_dim (`int`): length of a code's vector.
-        quantizer (`str`): "nearest" (the nearest code's vector), or "gumbel" (the code of the largest logit).
+        quantizer (`str`):
+            "nearest" (the nearest code's vector), or "gumbel" (the code of the largest logit, to which taming's
+            GumbelVQ adds noise in `encode` too).
         norm_num_groups (`int`): groups of the group norms.
 
     Raises:
@@ -130,41 +125,12 @@ class DalleVQGAN(DalleAutoencoderMixin, ModelMixin, ConfigMixin):
         pairs = zip(widths, incoming, strict=True)
         return max(max(pair) * (side // 2**level) ** 2 for level, pair in enumerate(pairs))
 
-    @apply_forward_hook
-    def encode(self, pixel_values: torch.Tensor, return_dict: bool = True) -> DalleEncoderOutput | tuple:
-        """
-        Pictures to image tokens: the most probable codes, where taming's GumbelVQ adds noise to the logits here too.
+    def _compute_logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.quantize(self.quant_conv(self.encoder(2 * pixel_values - 1)))
 
-        Args:
-            pixel_values (`torch.Tensor`): B x 3 x H x W in [0, 1]; H and W multiples of the downsampling.
-            return_dict (`bool`): `False` returns the tuple `(logits, tokens)`.
-
-        Raises:
-            ValueError: for pictures of another shape or range.
-        """
-        self.check_pixels(pixel_values)
-        self.check_range(pixel_values)
-        logits = self.quantize(self.quant_conv(self.encoder(2 * pixel_values - 1)))
-        output = DalleEncoderOutput(logits=logits, tokens=logits.argmax(dim=1))
-        return output if return_dict else output.to_tuple()
-
-    @apply_forward_hook
-    def decode(self, codes: torch.Tensor, return_dict: bool = True) -> DalleDecoderOutput | tuple:
-        """
-        Image tokens to pictures.
-
-        Args:
-            codes (`torch.Tensor`): tokens, B x h x w integers in [0, K), or relaxed one-hot vectors, B x K x h x w.
-            return_dict (`bool`): `False` returns the tuple `(sample,)`.
-
-        Raises:
-            ValueError: for codes of another shape, or tokens outside [0, K).
-        """
-        self.check_codes(codes)
+    def _decode(self, codes: torch.Tensor) -> DalleDecoderOutput:
         vectors = embed_codes(self.quantize.embedding.weight, codes)
-        sample = (self.decoder(self.post_quant_conv(vectors)).clamp(-1, 1) + 1) / 2
-        output = DalleDecoderOutput(sample=sample)
-        return output if return_dict else output.to_tuple()
+        return DalleDecoderOutput(sample=(self.decoder(self.post_quant_conv(vectors)).clamp(-1, 1) + 1) / 2)
 
     def forward(self, pixel_values: torch.Tensor, return_dict: bool = True) -> DalleDecoderOutput | tuple:
         """Pictures through their tokens and back, as [`~DalleVQGAN.encode`] and [`~DalleVQGAN.decode`] say."""

@@ -1,7 +1,7 @@
 """Candidates beyond memory: how many pictures fit at once, which are drawn together, what is said when they do not.
 
 Sizes come from the parts' configurations, free memory from the device. Drawing itself lives in `sampling.py`, the
-order of drawing and decoding in `pipeline_dalle.py`.
+order of drawing and decoding in `drawing.py`.
 """
 
 import math

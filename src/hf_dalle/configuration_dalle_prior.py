@@ -4,13 +4,14 @@ The layout of ids in the joint vocabulary is derived here, in one place. What th
 in `modeling_dalle_prior.py`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .image_attention import ATTENTION_TYPES
 
-ATTENTION_TYPES = ("full", "row", "column", "conv")  # what they mean: image_attention.py
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "12b": {"hidden_size": 3968, "num_hidden_layers": 64, "num_attention_heads": 62},
@@ -32,6 +33,26 @@ def paper_attention_types(num_hidden_layers: int) -> list[str]:
     """The paper's layout: of layers 1, 2, ... every fourth from the second is column, the last conv, the rest row."""
     layers = range(1, num_hidden_layers)
     return ["column" if (layer - 2) % 4 == 0 else "row" for layer in layers] + ["conv"]
+
+
+def check_shape(config: Any, sizes: Sequence[str], attention_types: Sequence[str]) -> None:
+    """Raises `ValueError` where a prior has one of `sizes` below 1, a type beside these, or a kernel that is even."""
+    for name in (*sizes, "text_vocab_size", "text_length", "image_vocab_size", "image_grid_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {getattr(config, name)}.")
+    unknown = sorted(set(config.attention_types) - set(attention_types))
+    if unknown:
+        raise ValueError(
+            f"`attention_types` holds {', '.join(map(repr, unknown))}; the valid ones are "
+            f"{', '.join(attention_types)}."
+        )
+    if len(config.attention_types) != config.num_hidden_layers:
+        raise ValueError(
+            f"`attention_types` must name one type for each of the {config.num_hidden_layers} layers, got "
+            f"{len(config.attention_types)} of them."
+        )
+    if config.conv_kernel_size < 1 or config.conv_kernel_size % 2 == 0:
+        raise ValueError(f"`conv_kernel_size` must be a positive odd number, got {config.conv_kernel_size}.")
 
 
 @strict
@@ -115,11 +136,9 @@ class DallePriorConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Raises `ValueError` for numbers that give no model."""
-        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "text_vocab_size")
+        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        check_shape(self, sizes, ATTENTION_TYPES)
         shares = ("hidden_dropout", "attention_dropout", "embedding_dropout", "text_loss_weight", "caption_dropout")
-        for name in (*sizes, "text_length", "image_vocab_size", "image_grid_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be between 0 and 1, got {getattr(self, name)}.")
@@ -127,19 +146,6 @@ class DallePriorConfig(PreTrainedConfig):
             raise ValueError(
                 f"`num_attention_heads` ({self.num_attention_heads}) must divide `hidden_size` ({self.hidden_size})."
             )
-        unknown = sorted(set(self.attention_types) - set(ATTENTION_TYPES))
-        if unknown:
-            raise ValueError(
-                f"`attention_types` holds {', '.join(map(repr, unknown))}; the valid ones are "
-                f"{', '.join(ATTENTION_TYPES)}."
-            )
-        if len(self.attention_types) != self.num_hidden_layers:
-            raise ValueError(
-                f"`attention_types` must name one type for each of the {self.num_hidden_layers} layers, got "
-                f"{len(self.attention_types)} of them."
-            )
-        if self.conv_kernel_size < 1 or self.conv_kernel_size % 2 == 0:
-            raise ValueError(f"`conv_kernel_size` must be a positive odd number, got {self.conv_kernel_size}.")
 
     @classmethod
     def from_preset(cls, name: str, **kwargs) -> "DallePriorConfig":

@@ -7,8 +7,11 @@ or minDALL-E. What the fields mean to a forward pass lives in `modeling_family_p
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .bordered_attention import BORDERED_TYPES
+from .configuration_dalle_prior import check_shape
 
-FAMILY_ATTENTION_TYPES = ("full", "row", "column", "axial_row", "conv_like", "conv_bordered", "conv_wrapped")
+
+FAMILY_ATTENTION_TYPES = ("full", "row", "column", *BORDERED_TYPES)
 
 
 @strict
@@ -109,7 +112,7 @@ class DalleFamilyPriorConfig(PreTrainedConfig):
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
         if self.attention_types is None:
             self.attention_types = ["full"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
@@ -119,22 +122,7 @@ class DalleFamilyPriorConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Raises `ValueError` for numbers that give no model."""
         sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "intermediate_size")
-        for name in (*sizes, "text_vocab_size", "text_length", "image_vocab_size", "image_grid_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        unknown = sorted(set(self.attention_types) - set(FAMILY_ATTENTION_TYPES))
-        if unknown:
-            raise ValueError(
-                f"`attention_types` holds {', '.join(map(repr, unknown))}; the valid ones are "
-                f"{', '.join(FAMILY_ATTENTION_TYPES)}."
-            )
-        if len(self.attention_types) != self.num_hidden_layers:
-            raise ValueError(
-                f"`attention_types` must name one type for each of the {self.num_hidden_layers} layers, got "
-                f"{len(self.attention_types)} of them."
-            )
-        if self.conv_kernel_size < 1 or self.conv_kernel_size % 2 == 0:
-            raise ValueError(f"`conv_kernel_size` must be a positive odd number, got {self.conv_kernel_size}.")
+        check_shape(self, sizes, FAMILY_ATTENTION_TYPES)
 
     @property
     def pad_token_offset(self) -> int:

@@ -135,7 +135,7 @@ def _has_metadata(folder: Path) -> bool:
 
 class RandomCrop:
     """
-    The paper's augmentation (appendix A.1 and B.2): square crop, area resize, crop to size, flip.
+    The paper's augmentation (appendix A.2 and B.2): square crop, area resize, crop to size, flip.
 
     Args:
         size (`int`): side of the result, in pixels.

@@ -15,7 +15,7 @@ from .autoencoder_dalle_dvae import DalleDVAE, DalleDVAEDecoderOutput
 from .logit_laplace import logit_laplace_log_prob, map_pixels
 from .modeling_dalle_prior import DallePriorForCausalLM
 from .modeling_family_prior import DalleFamilyPriorForCausalLM
-from .sampling import _to_float64, choose_tokens, spawn_generators
+from .sampling import choose_tokens, spawn_generators, to_float64
 
 
 @dataclass
@@ -163,7 +163,7 @@ def check_models(dvae: DalleDVAE, prior: torch.nn.Module | None) -> None:
 def posterior_log_probs(dvae: DalleDVAE, pixel_values: torch.Tensor) -> torch.Tensor:
     """B x K x h x w, ln q(z | x) of each cell's codes in float64: with "nearest" 0 at the nearest code, else -inf."""
     encoded = dvae.encode(pixel_values.to(dvae.dtype))
-    logits = _to_float64(encoded.logits)
+    logits = to_float64(encoded.logits)
     if dvae.config.quantizer == "nearest":
         one_hot = torch.full_like(logits, -torch.inf)
         return one_hot.scatter_(1, encoded.tokens[:, None].to(logits.device), 0.0)
@@ -215,7 +215,7 @@ def picture_log_prob(
         raise ValueError("`log_b` and `min_log_b` exclude each other: a constant needs no floor.")
     eps = dvae.config.logit_laplace_eps
     decoded = dvae.decode(codes.to(dvae.device))
-    mu, scale = _to_float64(decoded.mu), _to_float64(decoded.log_b)
+    mu, scale = to_float64(decoded.mu), to_float64(decoded.log_b)
     if log_b is not None:
         mu, scale = _shown_logits(dvae, decoded), torch.full_like(scale, log_b)
     elif min_log_b is not None:
@@ -241,13 +241,13 @@ def logit_errors(dvae: DalleDVAE, pixel_values: torch.Tensor) -> torch.Tensor:
 
 def _shown_logits(dvae: DalleDVAE, decoded: DalleDVAEDecoderOutput) -> torch.Tensor:
     """mu where the decoder's colours lie in [0, 1], else that of the nearest colour there: all that is ever seen."""
-    return map_pixels(_to_float64(decoded.sample), dvae.config.logit_laplace_eps).logit()
+    return map_pixels(to_float64(decoded.sample), dvae.config.logit_laplace_eps).logit()
 
 
 def join_streams(
     prior: torch.nn.Module, text_ids: torch.Tensor, attention_mask: torch.Tensor, codes: torch.Tensor
 ) -> torch.Tensor:
-    """B x (text states + ... + N) ids of the joint vocabulary, of codes B x h x w and one caption (1 x T) or B."""
+    """B whole streams, as ids of the joint vocabulary, of codes B x h x w and one caption (1 x T) or B."""
     text = (part.to(prior.device).expand(len(codes), -1) for part in (text_ids, attention_mask))
     return prior.join_stream(*text, codes.flatten(1).to(prior.device))["input_ids"]
 
@@ -279,7 +279,7 @@ def _label_log_probs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
     """Sums of B x t x classes logits' ln p of B x t labels; a row at a time, for the memory that float64 takes."""
     sums = []
     for row, row_labels in zip(logits, labels, strict=True):
-        row = _to_float64(row)
+        row = to_float64(row)
         chosen = row.gather(1, row_labels[:, None].to(row.device))[:, 0] - row.logsumexp(1)
         sums.append(chosen.sum())
     return torch.stack(sums).cpu()

@@ -1,4 +1,4 @@
-"""transformers' `generate()` on the prior: captions in, the whole stream with its image tokens out.
+"""transformers' `generate()` on the prior: captions in, the whole stream with its image tokens out; and `compile()`.
 
 What generation asks of the model (`join_stream`, the forward pass) lives in `modeling_dalle_prior.py`; our own loop,
 with `torch.Generator`s, lives in `sampling.py`.

@@ -23,8 +23,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from starlette.middleware import Middleware
 
-from .drawing_service import MAX_SEED, Drawing, DrawingService, Rows
-from .web_door import Door
+from .drawing_service import MAX_SEED, PNG_ADDRESS, Drawing, DrawingService, Rows
+from .web_door import OWN_FONTS, PLAIN_PAGE, Door
 
 
 logger = logging.getLogger(__name__)
@@ -231,7 +231,7 @@ def show_drawing(drawing: Drawing, seconds: float) -> str:
     """Pictures with their seed and a link that saves each, as HTML."""
     order, figures = drawing.order, []
     for number, file in _count(drawing.files):
-        address = "data:image/png;base64," + base64.b64encode(file).decode()
+        address = PNG_ADDRESS + base64.b64encode(file).decode()
         save = SAVE.format(name=name_file(order.prompt, order.seed, number), address=address, number=number)
         words = f"<span>seed {order.seed}, no. {number}</span> {save}"
         figures.append(_figure(_read_size(file), address, f"{order.prompt}, picture {number}", words))
@@ -282,7 +282,6 @@ def launch(
     page = build_page(
         service, f"DALL-E: {Path(source).resolve().name if Path(source).is_dir() else source}", examples, note
     )
-    font = ("system-ui", "sans-serif")  # the visitor's own: none is fetched from elsewhere
     door = Middleware(
         Door,
         let_in=LET_IN,
@@ -298,16 +297,12 @@ def launch(
         prevent_thread_lock=True,
         quiet=True,
         inline=False,
-        footer_links=[],
-        run_history=False,
-        ssr_mode=False,
-        mcp_server=False,
-        pwa=False,
         enable_monitoring=False,
         num_workers=0,
-        theme=gr.themes.Default(font=font, font_mono=("ui-monospace", "monospace")),
+        theme=gr.themes.Default(**OWN_FONTS),
         css=CSS,
         head=HEAD.replace("MAX_SIDE", str(service.max_picture_side)),
+        **PLAIN_PAGE,
     )
     print(f"Open on {local}" + (f" and {public}" if public else ""), flush=True)
     if block:

@@ -66,12 +66,7 @@ def image_attention_offsets(attention_type: str, grid_size: int, kernel_size: in
 
 @cache_constants
 def image_attention_window(
-    attention_type: str,
-    grid_size: int,
-    kernel_size: int,
-    num_queries: int,
-    num_keys: int,
-    device: torch.device | str = "cpu",
+    attention_type: str, grid_size: int, kernel_size: int, num_queries: int, num_keys: int
 ) -> torch.Tensor:
     """
     The mask of any `num_keys` consecutive image states of which the last `num_queries` look at all: since offsets are
@@ -80,7 +75,6 @@ def image_attention_window(
     Args:
         attention_type, grid_size, kernel_size: as for [`image_attention_offsets`].
         num_queries, num_keys (`int`): lengths, `num_queries <= num_keys <= grid_size ** 2`.
-        device (`torch.device`): where the mask is to be.
 
     Returns:
         `torch.Tensor`: bool, num_queries x num_keys. It is shared by all callers: do not write into it.
@@ -91,7 +85,7 @@ def image_attention_window(
         may_attend[list(image_attention_offsets(attention_type, grid_size, kernel_size))] = True
         queries = torch.arange(num_keys - num_queries, num_keys)
         offsets = queries[:, None] - torch.arange(num_keys)[None, :]
-        return ((offsets >= 0) & may_attend[offsets.clamp(min=0)]).to(device)
+        return (offsets >= 0) & may_attend[offsets.clamp(min=0)]
 
 
 def image_attention_mask(attention_type: str, grid_size: int, kernel_size: int = 11) -> torch.Tensor:

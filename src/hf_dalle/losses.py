@@ -114,6 +114,31 @@ def prior_loss(
     return sum(terms), text_loss, image_loss
 
 
+def stream_losses(
+    config,
+    text_logits: torch.Tensor,
+    text_labels: torch.Tensor,
+    image_logits: torch.Tensor,
+    image_labels: torch.Tensor,
+) -> dict[str, torch.Tensor | None]:
+    """
+    [`prior_loss`] of a prior's stream by name, and `caption_loss`, that of the text ids without pads, a figure to
+    report, without gradient.
+
+    Args:
+        config ([`DallePriorConfig`] or [`DalleFamilyPriorConfig`]): the prior's.
+        text_logits (`torch.Tensor`): B x t x text classes.
+        text_labels (`torch.Tensor`): B x t ids of the joint vocabulary; -100 is left out.
+        image_logits (`torch.Tensor`): B x n x image classes.
+        image_labels (`torch.Tensor`): B x n ids of the joint vocabulary; -100 is left out.
+    """
+    image_labels = torch.where(image_labels == -100, -100, image_labels - config.image_token_offset)
+    losses = prior_loss(text_logits, text_labels, image_logits, image_labels, config.text_loss_weight)
+    caption_labels = text_labels.masked_fill(text_labels >= config.pad_token_offset, -100)
+    caption_loss = mean_cross_entropy(text_logits.detach(), caption_labels)
+    return {**dict(zip(("loss", "text_loss", "image_loss"), losses, strict=True)), "caption_loss": caption_loss}
+
+
 def mean_cross_entropy(logits: torch.Tensor | None, labels: torch.Tensor | None) -> torch.Tensor | None:
     """Of logits B x t x classes and labels B x t, in nats a label, without those of -100; `None` if none is left."""
     if logits is None or labels is None or not (labels != -100).any():

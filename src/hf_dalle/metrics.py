@@ -10,6 +10,9 @@ import numpy as np
 import torch
 
 
+CONFIDENCE = 0.95  # of all intervals
+
+
 def psnr(pixel_values: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB, one a picture, at most 100; both B x 3 x H x W in [0, 1]."""
     squared_error = (reconstructions - pixel_values).square().flatten(1).mean(1)
@@ -130,9 +133,7 @@ def fit_ridge_probe(
     return weight, shares - centre @ weight
 
 
-def bootstrap(
-    values: torch.Tensor, seed: int = 0, num_resamples: int = 1000, confidence: float = 0.95
-) -> dict[str, float]:
+def bootstrap(values: torch.Tensor, seed: int = 0, num_resamples: int = 1000) -> dict[str, float]:
     """
     The mean with its percentile interval, by resampling the values.
 
@@ -140,7 +141,6 @@ def bootstrap(
         values (`torch.Tensor`): N, one a picture.
         seed (`int`): of the resampling.
         num_resamples (`int`): how many sets of N are drawn.
-        confidence (`float`): of the interval.
 
     Returns:
         `dict`: `value`, `low` and `high`.
@@ -152,11 +152,11 @@ def bootstrap(
         raise ValueError("There are no values to take the mean of.")
     array = values.double().cpu().numpy()
     rows = np.random.default_rng(seed).integers(len(array), size=(num_resamples, len(array)))
-    low, high = np.quantile(array[rows].mean(1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(array[rows].mean(1), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return {"value": float(array.mean()), "low": float(low), "high": float(high)}
 
 
-def wilson_interval(count: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson_interval(count: int, total: int) -> tuple[float, float]:
     """
     Wilson's interval of a share: all p whose score test, |count / total - p| / sqrt(p (1 - p) / total), does not reach
     the normal quantile. Stays inside [0, 1], and is no single point for none or all.
@@ -164,9 +164,8 @@ def wilson_interval(count: int, total: int, confidence: float = 0.95) -> tuple[f
     Args:
         count (`int`): of those that are so.
         total (`int`): of all, from 1.
-        confidence (`float`): of the interval.
     """
-    z = statistics.NormalDist().inv_cdf(0.5 + confidence / 2)
+    z = statistics.NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
     share, spread = count / total, z * z / total
     middle = (share + spread / 2) / (1 + spread)
     half = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)

@@ -28,7 +28,7 @@ from .decode_attention import DecodeWindow
 from .generation_dalle_prior import DallePriorGenerationMixin, run_layer
 from .image_attention import stream_attention_mask
 from .linear_dalle import DalleLinear, DallePriorHead
-from .losses import mean_cross_entropy, prior_loss
+from .losses import stream_losses
 from .sparse_attention import attend_in_blocks, check_flex_device, choose_start_mask
 
 
@@ -63,7 +63,7 @@ class DallePriorCausalLMOutput(ModelOutput):
 
 
 class DallePriorPreTrainedModel(PreTrainedModel):
-    """Base class: initial and loaded weights, and which of the stream's positions are pads."""
+    """Base class: initial and loaded weights, which of the stream's positions are pads, what a stream is made of."""
 
     config: DallePriorConfig
     base_model_prefix = "model"
@@ -114,6 +114,25 @@ class DallePriorPreTrainedModel(PreTrainedModel):
                     f"more; got the shape {tuple(attention_mask.shape)}."
                 )
         return (attention_mask[:, positions.clamp(max=num_columns - 1)] == 0) & (positions < text_length)
+
+    def _check_parts(self, text_ids, attention_mask, image_tokens, min_text_length: int) -> tuple[torch.Tensor, ...]:
+        """The mask and the image tokens that `join_stream` joins to a text; `ValueError` for a wrong length."""
+        text_length, num_image_tokens = self.config.text_length, self.config.num_image_tokens
+        attention_mask = torch.ones_like(text_ids) if attention_mask is None else attention_mask
+        image_tokens = text_ids.new_empty(len(text_ids), 0) if image_tokens is None else image_tokens
+        if text_ids.ndim != 2 or text_ids.shape[1] != text_length or attention_mask.shape != text_ids.shape:
+            raise ValueError(
+                f"The text and its mask must have {text_length} columns each (padding='max_length'), got the "
+                f"shapes {tuple(text_ids.shape)} and {tuple(attention_mask.shape)}."
+            )
+        if (attention_mask[:, 1:] > attention_mask[:, :-1]).any() or not attention_mask[:, :min_text_length].all():
+            raise ValueError("A caption must be padded on the right only: set the tokenizer's padding_side='right'.")
+        if image_tokens.shape != (len(text_ids), min(image_tokens.shape[-1], num_image_tokens)):
+            raise ValueError(
+                f"Image tokens must be {len(text_ids)} rows, one for each text, of at most {num_image_tokens} "
+                f"tokens, got the shape {tuple(image_tokens.shape)}."
+            )
+        return attention_mask, image_tokens
 
 
 class DallePriorForCausalLM(DallePriorPreTrainedModel, DallePriorGenerationMixin):
@@ -216,14 +235,7 @@ class DallePriorForCausalLM(DallePriorPreTrainedModel, DallePriorGenerationMixin
             labels = torch.where(is_pad & (labels != -100), config.pad_token_offset + positions, labels)
         # Start-of-image, the target of the last text state, is certain and not counted.
         text_labels = labels.masked_fill(positions >= config.text_length, -100)[:, :num_text_states]
-        image_labels = labels[:, num_text_states:]
-        image_labels = torch.where(image_labels == -100, -100, image_labels - config.image_token_offset)
-        loss, text_loss, image_loss = prior_loss(
-            text_logits, text_labels, image_logits, image_labels, config.text_loss_weight
-        )
-        caption_labels = text_labels.masked_fill(text_labels >= config.pad_token_offset, -100)
-        caption_loss = mean_cross_entropy(text_logits.detach(), caption_labels)
-        return {"loss": loss, "text_loss": text_loss, "caption_loss": caption_loss, "image_loss": image_loss}
+        return stream_losses(config, text_logits, text_labels, image_logits, labels[:, num_text_states:])
 
     def join_stream(self, text_ids, attention_mask=None, image_tokens=None) -> dict[str, torch.Tensor]:
         """
@@ -242,31 +254,19 @@ class DallePriorForCausalLM(DallePriorPreTrainedModel, DallePriorGenerationMixin
             `ValueError`: for a wrong length or range, or a caption that is not padded on the right.
         """
         config = self.config
-        attention_mask = torch.ones_like(text_ids) if attention_mask is None else attention_mask
-        image_tokens = text_ids.new_empty(len(text_ids), 0) if image_tokens is None else image_tokens
-        if text_ids.ndim != 2 or text_ids.shape[1] != config.text_length or attention_mask.shape != text_ids.shape:
-            raise ValueError(
-                f"The text and its mask must have {config.text_length} columns each (padding='max_length'), got the "
-                f"shapes {tuple(text_ids.shape)} and {tuple(attention_mask.shape)}."
-            )
-        if (attention_mask[:, 1:] > attention_mask[:, :-1]).any() or not attention_mask[:, 0].all():
-            raise ValueError("A caption must be padded on the right only: set the tokenizer's padding_side='right'.")
-        if image_tokens.shape != (len(text_ids), min(image_tokens.shape[-1], config.num_image_tokens)):
-            raise ValueError(
-                f"Image tokens must be {len(text_ids)} rows, one for each text, of at most {config.num_image_tokens} "
-                f"tokens, got the shape {tuple(image_tokens.shape)}."
-            )
+        attention_mask, image_tokens = self._check_parts(text_ids, attention_mask, image_tokens, min_text_length=1)
         pad_ids = config.pad_token_offset + torch.arange(config.text_length, device=text_ids.device)
         text_ids = torch.where(attention_mask == 0, pad_ids, text_ids)
-        _check_range("Text ids", text_ids.where(text_ids != pad_ids, 0), config.text_vocab_size)
-        _check_range("Image tokens", image_tokens, config.image_vocab_size)
+        check_range("Text ids", text_ids.where(text_ids != pad_ids, 0), config.text_vocab_size)
+        check_range("Image tokens", image_tokens, config.image_vocab_size)
         start = text_ids.new_full((len(text_ids), 1), config.image_start_token_id)
         input_ids = torch.cat([text_ids, start, image_tokens.to(text_ids) + config.image_token_offset], dim=1)
         num_ones = input_ids.shape[1] - config.text_length
         return {"input_ids": input_ids, "attention_mask": F.pad(attention_mask, (0, num_ones), value=1)}
 
 
-def _check_range(name: str, ids: torch.Tensor, size: int):
+def check_range(name: str, ids: torch.Tensor, size: int) -> None:
+    """Raises `ValueError` for ids that are not in [0, size)."""
     if ids.numel() and (ids.min() < 0 or ids.max() >= size):
         raise ValueError(f"{name} must be in [0, {size}), got {ids.min()} to {ids.max()}: of another model?")
 
@@ -384,8 +384,7 @@ class DallePriorAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.attention_type = config.attention_types[layer_idx]
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.scaling = self.head_dim**-0.5
+        self.scaling = config.head_dim**-0.5
         self.is_causal = True
         self.q_proj = DalleLinear(config.hidden_size, config.hidden_size)
         self.k_proj = DalleLinear(config.hidden_size, config.hidden_size)
@@ -396,7 +395,7 @@ class DallePriorAttention(nn.Module):
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, is_start=False, **kwargs):
         # B x states x width -> B x heads x states x head width
         query, key, value = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            projection(hidden_states).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if isinstance(attention_mask, DecodeWindow):

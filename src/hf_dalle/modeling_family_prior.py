@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -23,8 +22,14 @@ from .decode_attention import DecodeWindow
 from .grid_rotary import rotary_table, rotate
 from .image_attention import cache_constants, image_attention_mask
 from .linear_dalle import DalleLinear, linear
-from .losses import mean_cross_entropy, prior_loss
-from .modeling_dalle_prior import DallePriorCausalLMOutput, DallePriorPreTrainedModel, eager_attention_forward
+from .losses import stream_losses
+from .modeling_dalle_prior import (
+    DallePriorCausalLMOutput,
+    DallePriorMLP,
+    DallePriorPreTrainedModel,
+    check_range,
+    eager_attention_forward,
+)
 from .token_shift import DalleShiftCache, ShiftedCells, shift_tokens
 
 
@@ -113,7 +118,11 @@ class DalleFamilyPriorForCausalLM(DalleFamilyPriorPreTrainedModel, GenerationMix
         # The last text state predicts the first image token.
         num_text = min(max(self.config.num_text_states - 1 - first_state, 0), hidden_states.shape[1])
         text_logits, image_logits = self.lm_head(hidden_states, num_text, self.config.image_token_offset)
-        scores = {} if labels is None else self._compute_losses(text_logits, image_logits, labels)
+        scores = {}
+        if labels is not None:
+            # State t predicts the id of position t + 1.
+            text_labels, image_labels = labels[:, 1:].tensor_split([num_text], dim=1)
+            scores = stream_losses(self.config, text_logits, text_labels, image_logits, image_labels)
         return DallePriorCausalLMOutput(
             **scores,
             text_logits=text_logits,
@@ -122,17 +131,6 @@ class DalleFamilyPriorForCausalLM(DalleFamilyPriorPreTrainedModel, GenerationMix
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def _compute_losses(self, text_logits: torch.Tensor, image_logits: torch.Tensor, labels: torch.Tensor) -> dict:
-        # State t predicts the id of position t + 1.
-        text_labels, image_labels = labels[:, 1:].tensor_split([text_logits.shape[1]], dim=1)
-        image_labels = torch.where(image_labels == -100, -100, image_labels - self.config.image_token_offset)
-        loss, text_loss, image_loss = prior_loss(
-            text_logits, text_labels, image_logits, image_labels, self.config.text_loss_weight
-        )
-        caption_labels = text_labels.masked_fill(text_labels >= self.config.pad_token_offset, -100)
-        caption_loss = mean_cross_entropy(text_logits.detach(), caption_labels)
-        return {"loss": loss, "text_loss": text_loss, "caption_loss": caption_loss, "image_loss": image_loss}
 
     def join_stream(self, text_ids, attention_mask=None, image_tokens=None) -> dict[str, torch.Tensor]:
         """
@@ -151,26 +149,9 @@ class DalleFamilyPriorForCausalLM(DalleFamilyPriorPreTrainedModel, GenerationMix
             `ValueError`: for a wrong length or range, or a caption that is not padded on the right.
         """
         config = self.config
-        attention_mask = torch.ones_like(text_ids) if attention_mask is None else attention_mask
-        image_tokens = text_ids.new_empty(len(text_ids), 0) if image_tokens is None else image_tokens
-        if text_ids.ndim != 2 or text_ids.shape[1] != config.text_length or attention_mask.shape != text_ids.shape:
-            raise ValueError(
-                f"The text and its mask must have {config.text_length} columns each (padding='max_length'), got the "
-                f"shapes {tuple(text_ids.shape)} and {tuple(attention_mask.shape)}."
-            )
-        if (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
-            raise ValueError("A caption must be padded on the right only: set the tokenizer's padding_side='right'.")
-        if image_tokens.shape != (len(text_ids), min(image_tokens.shape[-1], config.num_image_tokens)):
-            raise ValueError(
-                f"Image tokens must be {len(text_ids)} rows, one for each text, of at most {config.num_image_tokens} "
-                f"tokens, got the shape {tuple(image_tokens.shape)}."
-            )
-        for name, ids, size in (
-            ("Text ids", text_ids, config.text_vocab_size),
-            ("Image tokens", image_tokens, config.image_vocab_size),
-        ):
-            if ids.numel() and (ids.min() < 0 or ids.max() >= size):
-                raise ValueError(f"{name} must be in [0, {size}), got {ids.min()} to {ids.max()}: of another model?")
+        attention_mask, image_tokens = self._check_parts(text_ids, attention_mask, image_tokens, min_text_length=0)
+        check_range("Text ids", text_ids, config.text_vocab_size)
+        check_range("Image tokens", image_tokens, config.image_vocab_size)
         if config.use_position_pads:
             # Text id 0 too, also inside a caption: in these programs it is the pad's.
             pad_ids = config.pad_token_offset + torch.arange(config.text_length, device=text_ids.device)
@@ -297,7 +278,7 @@ class DalleFamilyPriorLayer(GradientCheckpointingLayer):
         self.self_attn = DalleFamilyPriorAttention(config, layer_idx)
         self.attention_output_norm = make_norm(config, config.use_sandwich_norm)
         self.post_attention_layernorm = make_norm(config, True)
-        self.mlp = (DalleFamilyPriorGatedMLP if config.hidden_act == "geglu" else DalleFamilyPriorMLP)(config)
+        self.mlp = (DalleFamilyPriorGatedMLP if config.hidden_act == "geglu" else DallePriorMLP)(config)
         self.mlp_output_norm = make_norm(config, config.use_sandwich_norm)
 
     def forward(
@@ -355,20 +336,6 @@ class DalleFamilyPriorAttention(nn.Module):
         if config.attention_output_limit is not None:
             output = output.clamp(-config.attention_output_limit, config.attention_output_limit)
         return output, weights
-
-
-class DalleFamilyPriorMLP(nn.Module):
-    """Two linear layers with the activation between them."""
-
-    def __init__(self, config: DalleFamilyPriorConfig):
-        super().__init__()
-        self.fc1 = DalleLinear(config.hidden_size, config.intermediate_size)
-        self.activation = ACT2FN[config.hidden_act]
-        self.fc2 = DalleLinear(config.intermediate_size, config.hidden_size)
-        self.fc2.is_residual = True
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.activation(self.fc1(hidden_states)))
 
 
 class DalleFamilyPriorGatedMLP(nn.Module):

@@ -11,7 +11,7 @@ from transformers.image_utils import ImageInput
 from transformers.utils import cached_file
 
 from .image_processing_dalle import DalleImageProcessor
-from .tokenization_dalle import _check_captions, encode_captions
+from .tokenization_dalle import check_captions, encode_captions
 
 
 class DalleProcessor(ProcessorMixin):
@@ -61,7 +61,7 @@ class DalleProcessor(ProcessorMixin):
         if text is not None and not text_kwargs:
             features.update(encode_captions(self.tokenizer, text, self.tokenizer.model_max_length))
         elif text is not None:
-            captions = list(_check_captions([text] if isinstance(text, str) else text))
+            captions = list(check_captions([text] if isinstance(text, str) else text))
             text_kwargs = {"padding": "max_length", "truncation": True, **text_kwargs}
             features.update(self.tokenizer(captions, return_tensors="pt", **text_kwargs))
         if images is not None:

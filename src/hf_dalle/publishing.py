@@ -1,6 +1,6 @@
 """A saved pipeline as a folder, and its way to the Hub: whether it is whole, its card, one commit for all of it.
 
-How a card is rendered from measured figures lives in `hub.py`; what each part saves is its own.
+How a card is rendered from measured figures lives in `model_card.py`; what each part saves is its own.
 """
 
 import fnmatch

@@ -11,11 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 @torch.no_grad()
 def score_images(
-    reranker: PreTrainedModel,
-    processor: ProcessorMixin,
-    prompt: str,
-    images: list[Image.Image],
-    batch_size: int | None = None,
+    reranker: PreTrainedModel, processor: ProcessorMixin, prompt: str, images: list[Image.Image]
 ) -> torch.Tensor:
     """
     How well each picture matches the prompt.
@@ -25,19 +21,14 @@ def score_images(
             A CLIP-like model, whose output has `logits_per_image`, pictures x texts.
         processor (`ProcessorMixin`): the model's own; a prompt longer than its text is cut.
         prompt (`str`): the caption.
-        images (`list[PIL.Image.Image]`): B pictures.
-        batch_size (`int`, *optional*): how many pictures are scored at once, by default all.
+        images (`list[PIL.Image.Image]`): B pictures, scored at once.
 
     Returns:
         `torch.Tensor`: B scores, float32, on the CPU; higher is better, to be compared for one prompt only.
     """
-    scores, batch_size = [], batch_size or len(images)
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
-        inputs = processor(text=[prompt], images=batch, padding=True, truncation=True, return_tensors="pt")
-        inputs = inputs.to(reranker.device, dtype=reranker.dtype)  # casts floats only, leaves ids as they are
-        scores.append(reranker(**inputs).logits_per_image[:, 0].float().cpu())
-    return torch.cat(scores)
+    inputs = processor(text=[prompt], images=images, padding=True, truncation=True, return_tensors="pt")
+    inputs = inputs.to(reranker.device, dtype=reranker.dtype)  # casts floats only, leaves ids as they are
+    return reranker(**inputs).logits_per_image[:, 0].float().cpu()
 
 
 def order_images(scores: torch.Tensor, is_flagged: torch.Tensor | None = None) -> torch.Tensor:

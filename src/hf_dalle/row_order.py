@@ -1,7 +1,8 @@
 """The order in which rows are met: a permutation an epoch of rows by number, blocks of rows in sequence for streams.
 
 Both are pure functions of (seed, epoch, process), so a position is a few numbers, and a run that goes on from one
-meets the same rows. What a row holds is read in `data` and `tar_shards`.
+meets the same rows. Here too what a stream asks of shards, and those of `datasets`; tar shards are `tar_shards`'
+subject, what becomes of a row `data`'s.
 """
 
 import copy

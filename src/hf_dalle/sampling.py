@@ -269,16 +269,16 @@ def _prefill(
         text_ids, input_ids = input_ids.tensor_split([prior.config.num_text_states], dim=1)
         prior(text_ids[:: len(text_ids) // num_texts], past_key_values=cache, use_cache=True, logits_to_keep=1)
     output = prior(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return _to_float64(output.image_logits[:, -1]).repeat_interleave(num_rows // len(input_ids), dim=0)
+    return to_float64(output.image_logits[:, -1]).repeat_interleave(num_rows // len(input_ids), dim=0)
 
 
 def _decode_one(prior: DallePriorForCausalLM, tokens: torch.Tensor, cache: DalleCache) -> torch.Tensor:
     """Puts one image token a row into the cache; gives the next cell's logits, rows x image_vocab_size."""
     input_ids = tokens[:, None] + prior.config.image_token_offset
     output = prior(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return _to_float64(output.image_logits[:, -1])
+    return to_float64(output.image_logits[:, -1])
 
 
-def _to_float64(logits: torch.Tensor) -> torch.Tensor:
-    # The draw is exact to the last token of the vocabulary only in float64, which Apple's MPS lacks.
+def to_float64(logits: torch.Tensor) -> torch.Tensor:
+    """In float64, in which alone a draw is exact to the last token; on the CPU where the device, Apple's, lacks it."""
     return (logits.cpu() if logits.device.type == "mps" else logits).double()

@@ -1,7 +1,7 @@
 """Row, column and conv attention in blocks: scores are computed only where the masks allow them, up to block edges.
 
 Functions without weights, for calls that have no earlier states (training, prefill). What a state sees is defined in
-`image_attention.py`; a step that reads a cache attends in `modeling_dalle_prior.py`.
+`image_attention.py`; a step that reads a cache attends in `decode_attention.py`.
 """
 
 import math

@@ -49,15 +49,11 @@ class CaptionImageStream(CaptionImageReader):
             yield {**item, "skipped": skipped}, after
             skipped, num_broken = {}, 0
 
-    def read_shard(self, shard: int, epoch: int = 0) -> Iterator[tuple[str, dict | ValueError]]:
-        """The name of each row of a shard with its item or, where the row cannot be used, the error, in order."""
-        for index, row in enumerate(self.rows.read(shard)):
-            yield self.rows.name_row(shard, index), catch_error(self._make_read_item, row, epoch, shard, index)
-
     def read_all(self) -> Iterator[tuple[str, dict | ValueError]]:
-        """The same of all shards."""
+        """The name of each row with its item of epoch 0 or, where the row cannot be used, the error, in order."""
         for shard in range(self.rows.num_shards):
-            yield from self.read_shard(shard)
+            for index, row in enumerate(self.rows.read(shard)):
+                yield self.rows.name_row(shard, index), catch_error(self._make_read_item, row, 0, shard, index)
 
     def draw_items(self, num_items: int) -> list[dict]:
         """The first items of a lane of its own, at most one epoch's."""

@@ -1,5 +1,4 @@
-"""
-The caption tokenizer: a lower-cased byte-level BPE that is a plain fast tokenizer, so `AutoTokenizer` loads it.
+"""The caption tokenizer: a lower-cased byte-level BPE that is a plain fast tokenizer, so `AutoTokenizer` loads it.
 
 Here it is trained, given captions, and given BPE dropout from seeds for a training run. Captions are read from files
 by `training/train_tokenizer.py`; what becomes of the padding (an id of its own a position) is the prior's.
@@ -67,7 +66,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, text_length: int) 
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_check_captions(captions), trainer)
+    tokenizer.train_from_iterator(check_captions(captions), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{START_OF_TEXT} $A", special_tokens=[(START_OF_TEXT, tokenizer.token_to_id(START_OF_TEXT))]
     )
@@ -109,7 +108,7 @@ def encode_captions(
         `ValueError`: If a caption is not valid text, there is none, or `text_length` is too small.
     """
     _check_text_length(text_length)
-    captions = list(_check_captions([captions] if isinstance(captions, str) else captions))
+    captions = list(check_captions([captions] if isinstance(captions, str) else captions))
     encoded = tokenizer(captions, return_offsets_mapping=True, verbose=False)
     input_ids = torch.full((len(captions), text_length), tokenizer.pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
@@ -249,7 +248,8 @@ class BpeDropout:
         return [id_ for id_ in ids if id_ is not None], num_draws
 
 
-def _check_captions(captions: Iterable[str]) -> Iterator[str]:
+def check_captions(captions: Iterable[str]) -> Iterator[str]:
+    """The captions one by one; `ValueError` for one that is not valid text, and if there is none."""
     if isinstance(captions, str):
         raise ValueError(f"Captions must be a list of strings, not the one string {captions!r}.")
     num_captions = 0

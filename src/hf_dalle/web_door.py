@@ -1,6 +1,7 @@
 """The door before a page that strangers open: which requests are let in, how large, how many, of plain values only.
 
-It knows neither the page nor what is drawn; the demo's page is `gradio_app.py`'s.
+Here too what of Gradio's own such a page goes without. What a page shows is its own file's: the demo's,
+`gradio_app.py`.
 """
 
 import ipaddress
@@ -14,6 +15,13 @@ from typing import Any
 
 MAX_OPEN = 1000  # requests at once, among them a page's lasting ones
 MAX_OPEN_EACH = 150  # of one address
+# Options of a Gradio page: no links to elsewhere, nothing kept, no further server or app beside it.
+PLAIN_PAGE: dict[str, Any] = {
+    "footer_links": [],
+    **dict.fromkeys(("run_history", "ssr_mode", "mcp_server", "pwa"), False),
+}
+# Of its theme: the visitor's own fonts, none is fetched from elsewhere.
+OWN_FONTS: dict[str, Any] = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}
 WORDS = {
     400: "This request is not one that the page makes.",
     404: "There is nothing here.",

@@ -29,7 +29,7 @@ from evaluation.examples import draw_examples
 from evaluation.inspection import SHARD_SIZE, check_model_pictures, inspect_rows, inspect_store, sum_up
 from evaluation.models import Model, load_pipeline
 from evaluation.settings import EvaluationArguments, read_settings
-from hf_dalle.hub import publish_settings
+from hf_dalle.model_card import publish_settings
 
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ import uvicorn
 from PIL import Image
 
 from evaluation.ballots import Ballots
-from hf_dalle.web_door import Door
+from hf_dalle.web_door import OWN_FONTS, PLAIN_PAGE, Door
 
 
 logger = logging.getLogger(__name__)
@@ -234,21 +234,15 @@ class VoterDoor(Door):
 
 def make_app(ballots: Ballots, pictures: Callable[[str, str], Image.Image], max_per_minute: int) -> VoterDoor:
     """The page behind its door, as an ASGI application."""
-    font = ("system-ui", "sans-serif")  # the visitor's own: none is fetched from elsewhere
-    theme = gr.themes.Default(font=font, font_mono=("ui-monospace", "monospace"))
     app = gr.mount_gradio_app(
         fastapi.FastAPI(openapi_url=None),
         build_page(ballots, pictures),
         path="/",
-        footer_links=[],
-        run_history=False,
-        ssr_mode=False,
-        mcp_server=False,
-        pwa=False,
         show_error=False,
-        theme=theme,
+        theme=gr.themes.Default(**OWN_FONTS),
         css=CSS,
         head=HEAD,
+        **PLAIN_PAGE,
     )
     return VoterDoor(app, ballots, max_per_minute)
 
