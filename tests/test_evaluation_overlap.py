@@ -13,6 +13,7 @@ import pytest
 import torch
 from evaluation import fidelity, overlap
 from evaluation.features import load_network
+from evaluation.frame import Evaluation
 from evaluation.overlap import (
     Settings,
     check,
@@ -24,7 +25,7 @@ from evaluation.overlap import (
     search_blocks,
 )
 from evaluation.overlap_page import Pair, write_page
-from evaluation.run import Evaluation, make_accelerator
+from evaluation.processes import make_accelerator
 from evaluation.settings import EvaluationArguments
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from tiny_data import write_parquet

@@ -4,13 +4,10 @@ It is drawn when pictures are; what they are worth is measured elsewhere.
 """
 
 import textwrap
-from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
-
-if TYPE_CHECKING:
-    from evaluation.run import Evaluation
+from evaluation.frame import Evaluation
 
 
 NUM_EXAMPLES = 16
@@ -20,7 +17,7 @@ TEXT_WIDTH = 190
 NUM_LINES = 6  # of a caption, at most
 
 
-def draw_examples(evaluation: "Evaluation") -> Image.Image:
+def draw_examples(evaluation: Evaluation) -> Image.Image:
     """A line a row, in two columns: its own picture, one of each model, its caption."""
     rows = evaluation.rows
     number = min(NUM_EXAMPLES, len(rows))

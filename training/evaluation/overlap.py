@@ -25,9 +25,9 @@ from evaluation.features import (
     load_network,
     make_extract,
 )
+from evaluation.frame import Evaluation
 from evaluation.overlap_page import Pair, write_page
 from evaluation.report import make_table
-from evaluation.run import Evaluation
 from evaluation.stored import Shards
 from hf_dalle.data import load_rows
 from hf_dalle.distribution_metrics import find_nearest

@@ -7,7 +7,7 @@ that was killed and goes on, draw the same. What is measured of pictures lives i
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -370,13 +370,12 @@ def draw_pictures(
     return images
 
 
-def draw_missing(
-    store: PictureStore, batches: Iterable[list[int]], pipeline: Callable[[], Any], generation: dict, seed: int
-) -> Iterator[int]:
-    """Draws and writes batches, each picture whole or not at all; yields how many pictures were drawn."""
+def draw_batches(
+    store: PictureStore, batches: Iterable[list[int]], load: Callable[[], Any], generation: dict, seed: int
+) -> None:
+    """Draws and writes batches, each picture whole or not at all; `load` gives the pipeline where there are any."""
     for batch in batches:
         generators = [make_generator(seed, store.ids[index]) for index in batch]
-        images = draw_pictures(pipeline(), [store.captions[index] for index in batch], generators, generation)
+        images = draw_pictures(load(), [store.captions[index] for index in batch], generators, generation)
         for index, image in zip(batch, images, strict=True):
             save_whole(store.paths[index], image)
-        yield len(batch)

@@ -8,7 +8,7 @@ import json
 import math
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -19,12 +19,9 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import yaml_dump
 
 import hf_dalle
+from evaluation.frame import Evaluation
 from evaluation.inspection import describe_sizes
 from evaluation.pictures import write_whole
-
-
-if TYPE_CHECKING:
-    from evaluation.run import Evaluation
 
 
 # What the paper says of its own model on these data (section 3 and Fig. 9; zero-shot, 512 candidates reranked).
@@ -48,7 +45,7 @@ CAPTIONS = {
 DATA_KEYS = ("data_dir", "dataset_name", "data_set_id", "data_set_name", "captions", "num_captions")
 
 
-def describe_evaluation(evaluation: "Evaluation") -> dict:
+def describe_evaluation(evaluation: Evaluation) -> dict:
     """The report before anything is measured."""
     args, rows = evaluation.args, evaluation.rows
     data = {name: getattr(args, name) for name in DATA_KEYS}

@@ -16,11 +16,11 @@ import torch
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 from PIL import Image
 
+from evaluation.frame import Evaluation
 from evaluation.models import Model
 from evaluation.pictures import draw_pictures, make_generator
 from evaluation.rankers import ConceptJudge, Ranker, find_reranker
 from evaluation.report import make_table
-from evaluation.run import Evaluation
 from hf_dalle.metrics import bootstrap
 from hf_dalle.reranking import expect_best_of
 
@@ -157,7 +157,7 @@ def make_block_judging(
         (row,) = rows
         caption = evaluation.rows.captions[row]
         seeds = [(evaluation.seed, evaluation.rows.ids[row], "candidate", candidate) for candidate in block]
-        pictures = draw_candidates(model, caption, [make_generator(*seed) for seed in seeds])
+        pictures = draw_candidates(evaluation, model, caption, [make_generator(*seed) for seed in seeds])
         arrays = {"scores": ranker.score(caption, pictures), **judge.judge(row, caption, pictures)}
         return {name: array[None] for name, array in arrays.items()}  # 1 x block
 
@@ -165,12 +165,14 @@ def make_block_judging(
 
 
 @torch.no_grad()
-def draw_candidates(model: Model, caption: str, generators: list[torch.Generator]) -> list[Image.Image]:
+def draw_candidates(
+    evaluation: Evaluation, model: Model, caption: str, generators: list[torch.Generator]
+) -> list[Image.Image]:
     """
     A picture of the caption for each generator, in their order, none checked. A `num_candidates` among the model's
     settings has no part in it: N is the curve's.
     """
-    pipe = model.pipeline()
+    pipe = evaluation.load_pipeline(model)
     generation = {name: value for name, value in model.generation.items() if name != "num_candidates"}
     if not model.is_dalle:
         return draw_pictures(pipe, [caption] * len(generators), generators, generation)

@@ -18,10 +18,10 @@ from prepare_shapes import FEATURES, read_scene, sample_any_scene
 from scenes import Scene
 
 from evaluation import scene_checker
+from evaluation.frame import Evaluation
 from evaluation.models import Model
 from evaluation.pictures import make_seed, read_column
 from evaluation.report import make_table
-from evaluation.run import Evaluation
 from evaluation.scene_checker import Found, Verdict, judge, read_picture
 from evaluation.stored import make_digest
 from hf_dalle.data import load_rows
@@ -155,7 +155,7 @@ def encode_verdicts(verdicts: list[Verdict]) -> np.ndarray:
 
 @torch.no_grad()
 def _reconstruct(evaluation: Evaluation, model: Model, rows: list[int]) -> list[Image.Image]:
-    pipe = model.pipeline()
+    pipe = evaluation.load_pipeline(model)
     pixels = pipe.image_processor([evaluation.rows.picture(row) for row in rows])["pixel_values"]
     sample = pipe.dvae.decode(pipe.dvae.encode(pixels.to(pipe.dvae.device, pipe.dvae.dtype)).tokens).sample
     return pipe.image_processor.postprocess(sample, output_type="pil")
