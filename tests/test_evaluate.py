@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from arguments import parse_arguments
 from evaluation_log import list_test_splits
 from PIL import Image
+from settings_file import parse_settings
 from tiny import build_pipeline
 from tiny_training import COLOURS, ROOT, draw_picture, write_parquet
 
@@ -454,11 +454,10 @@ def test_drawn_pictures_do_not_depend_on_the_batch(home):
 
 def test_the_recipe_measures_no_test_split_by_itself(capsys):
     configs = ROOT / "training" / "configs"
-    args = parse_arguments(
-        [str(configs / "emoji_mini_evaluate.yaml")], evaluate_concepts.ConceptArguments, "evaluate.py"
-    )
+    kind, config = evaluate_concepts.ConceptArguments, str(configs / "emoji_mini_evaluate.yaml")
+    args = parse_settings([config], kind, "evaluate.py")
     assert args.splits and not list_test_splits(args.splits) and args.evaluation_log
     assert args.sample_prompts and args.num_sample_images > 1
     with pytest.raises(SystemExit):
-        parse_arguments([str(configs / "emoji_mini_evaluate.yaml"), "--help"], evaluate_concepts.ConceptArguments)
+        parse_settings([config, "--help"], kind, "evaluate.py")
     assert "--fold_file" in capsys.readouterr().out

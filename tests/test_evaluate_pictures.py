@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from arguments import parse_arguments
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from evaluation import pictures, stored
 from evaluation.run import load_measurements
@@ -23,6 +22,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
+from settings_file import parse_settings
 from tiny_data import list_rows, write_parquet
 from tiny_evaluation import build_home, make_evaluation, make_settings, read_report, write_config, write_rows
 from tiny_processes import finish, fork, make_ranks, run_script, wait_until
@@ -488,7 +488,7 @@ def test_seeds_of_rows_are_their_own():
     "path", sorted((ROOT / "training" / "configs").glob("eval_*.yaml")), ids=lambda path: path.stem
 )
 def test_every_recipe_parses(path):
-    args = parse_arguments([str(path)], EvaluationArguments)
+    args = parse_settings([str(path)], EvaluationArguments, "evaluate.py")
     assert list(load_measurements(args.measure)) == list(args.measure) and args.list_models()
     assert args.output_dir.startswith("runs/")
 

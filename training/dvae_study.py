@@ -11,9 +11,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from arguments import parse_arguments, read_yaml
 from dvae_study_page import StudyArguments, write_page
 from evaluation.pictures import write_whole
+from settings_file import parse_settings, read_yaml
 
 
 SCRIPTS = Path(__file__).parent
@@ -40,7 +40,7 @@ class Run:
 
 
 def main(argv: list[str]) -> None:
-    args = parse_arguments(argv, StudyArguments, "dvae_study.py")
+    args = parse_settings(argv, StudyArguments, "dvae_study.py")
     runs = list_runs(args)
     if args.do == "write":
         done = [run.name for run in runs if is_done(args, run)]

@@ -12,7 +12,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from arguments import read_yaml
 from describe_run import describe_run
 from draw_gallery import Block, compose
 from evaluation.elb import summarize
@@ -21,6 +20,7 @@ from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 from PIL import Image
 from report import save_png, spread
+from settings_file import read_yaml
 
 from hf_dalle import DalleDVAE, DalleImageProcessor, DALLEPipeline, encode_captions
 from hf_dalle.data import load_rows, open_picture

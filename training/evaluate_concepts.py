@@ -16,13 +16,14 @@ from typing import Literal
 import datasets
 import numpy as np
 import torch
-from arguments import STAGES, check_names, parse_arguments
+from arguments import STAGES
 from copies import measure_copies
 from describe_run import describe_model, describe_stage
 from evaluation_log import check_log, digest_checkpoint, log_run
 from judge import Judge, extract_features, load_judge, name_judge, reference_features
 from PIL import Image
 from report import ROWS, write_report
+from settings_file import check_names, parse_settings
 from tqdm.auto import tqdm
 
 from hf_dalle import DALLEPipeline
@@ -120,7 +121,7 @@ class Made:
 
 
 def main(argv: list[str]) -> None:
-    args = parse_arguments(argv, ConceptArguments, "evaluate.py")
+    args = parse_settings(argv, ConceptArguments, "evaluate.py")
     # What can be wrong is found before the run is logged, and logged before a test picture is measured.
     network = load_judge()
     pipe = load_pipeline(args.checkpoint)

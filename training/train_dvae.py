@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from arguments import DVAEArguments, TrainArguments, check_names
+from arguments import DVAEArguments, TrainArguments
 from diffusers.utils import make_image_grid
 from initialize_dvae import initialize_from_data, revive_codes
 from optimizers import exempt_from_decay
 from PIL import Image
+from settings_file import check_names
 
 from hf_dalle import DalleDVAE, DalleImageProcessor
 from hf_dalle.autoencoder_dalle_dvae import DalleDVAEDecoderOutput

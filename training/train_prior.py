@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from arguments import PriorArguments, check_names
+from arguments import PriorArguments
 from diffusers.utils import make_image_grid
 from finetune_prior import add_adapter, find_start, load_prior, save_adapter
 from huggingface_hub.errors import StrictDataclassError
 from optimizers import exempt_from_decay, split_matrices
 from PIL import Image
 from precompute_image_tokens import check_store
+from settings_file import check_names
 from train_dvae import image_datasets, save_dvae
 from transformers import AutoTokenizer
 

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather
-from arguments import RerankerArguments, check_names
+from arguments import RerankerArguments
 from diffusers.utils import make_image_grid
 from huggingface_hub.errors import StrictDataclassError
 from optimizers import exempt_from_decay
 from PIL import Image
+from settings_file import check_names
 from tokenizers import processors
 from train_dvae import image_datasets
 from train_prior import load_part

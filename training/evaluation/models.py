@@ -11,10 +11,10 @@ from pathlib import Path
 
 import diffusers
 import torch
-from arguments import check_names
 from describe_run import describe_model, describe_stage
 from diffusers import DiffusionPipeline
 from evaluation_log import digest_checkpoint
+from settings_file import check_names
 
 import hf_dalle  # noqa: F401, diffusers then knows DALLEPipeline
 from evaluation import pictures

@@ -9,9 +9,9 @@ from dataclasses import asdict
 from types import ModuleType
 from typing import Any
 
-from arguments import check_names, parse_arguments
 from evaluation_log import log_run
 from report import save_png
+from settings_file import check_names, parse_settings
 
 from evaluation import report
 from evaluation.examples import draw_examples
@@ -28,7 +28,7 @@ MEASUREMENTS = ("fidelity", "overlap", "elb", "reranking", "shapes", "safety")
 
 def main(argv: list[str]) -> None:
     """Runs the evaluation that a YAML file describes, on all processes."""
-    args = parse_arguments(argv, EvaluationArguments, "evaluate.py")
+    args = parse_settings(argv, EvaluationArguments, "evaluate.py")
     measurements = load_measurements(args.measure)
     evaluation = Evaluation(args, make_accelerator())
     run_evaluation(evaluation, measurements)
