@@ -207,16 +207,6 @@ def test_missing_packages_are_named(home, tmp_path, monkeypatch):
         measure(home, tmp_path)
 
 
-def test_pictures_are_judged_for_other_scripts(home):
-    rows = datasets.load_dataset("parquet", data_files=str(home / "data" / "train.parquet"), split="train")
-    judged = [0, 1, 2, 3, 4, 7]
-    pictures = [rows[row]["image"] for row in judged]
-    figures = judge.judge_pictures(pictures, judged, home / "data", fold=[7])
-    assert set(figures) == {"recall@1", "recall@5", "style"} and figures["recall@5"]["value"] == 1
-    with pytest.raises(ValueError, match="6 pictures for 5 rows"):
-        judge.judge_pictures(pictures, range(5), home / "data")
-
-
 # ------------------------------------------------------------------------------------------------ a whole evaluation
 
 

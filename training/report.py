@@ -8,7 +8,6 @@ import json
 import textwrap
 from pathlib import Path
 
-import matplotlib.backends.backend_agg
 import matplotlib.figure
 import torch
 from diffusers.utils import make_image_grid
@@ -157,10 +156,8 @@ def _draw_entries(entries: list[tuple[list, str]], heads: list[str], num_columns
 
 def draw_curves(metrics: dict[str, Path], path: Path) -> None:
     """The losses and the validation figures of each stage, by update."""
-    figure_class, canvas_class = matplotlib.figure.Figure, matplotlib.backends.backend_agg.FigureCanvasAgg
     panels = [(stage, words, names) for stage in metrics for words, names in CURVES[stage].items()]
-    figure = figure_class(figsize=(3.6 * len(panels), 2.8), layout="constrained")
-    canvas_class(figure)
+    figure = matplotlib.figure.Figure(figsize=(3.6 * len(panels), 2.8), layout="constrained")
     for axes, (stage, words, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         rows = [json.loads(line) for line in metrics[stage].read_text(encoding="utf-8").splitlines()]
         for name in names:

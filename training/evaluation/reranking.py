@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.backends.backend_agg
 import matplotlib.figure
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from hf_dalle.reranking import expect_best_of
 
 
 USES_PICTURES = False
+JUDGE_SIDE = 32  # what the judge of concepts sees of a picture
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:cyan")
 
 
@@ -37,7 +37,6 @@ class Settings:
         reranker (`str`, *optional*): folder or repository of a CLIP-like model; none: each pipeline's own.
         judge (`str`): `"concepts"`, the network of `judge.py`, for rows with `hexcode` and `style`; or the folder or
             repository of a CLIP-like model that is not the reranker.
-        judge_side (`int`): with `"concepts"`, what pictures are reduced to.
         baseline (`str`, *optional*): the model whose N = 1 the gap to the real pictures is measured from; none: each
             model's own.
         block_size (`int`): candidates drawn at a time, and lost at most by a kill.
@@ -47,13 +46,12 @@ class Settings:
     num_candidates: int = 32
     reranker: str | None = None
     judge: str = "concepts"
-    judge_side: int = 32
     baseline: str | None = None
     block_size: int = 32
     num_resamples: int = 1000
 
     def __post_init__(self):
-        lowest = {"num_candidates": 2, "judge_side": 8, "block_size": 1, "num_resamples": 100}
+        lowest = {"num_candidates": 2, "block_size": 1, "num_resamples": 100}
         for name, least in lowest.items():
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; expected a whole number from {least}.")
@@ -92,7 +90,7 @@ def list_models(evaluation: Evaluation) -> dict[str, Model]:
 
 def make_judge(evaluation: Evaluation, settings: Settings) -> ConceptJudge | Ranker:
     if settings.judge == "concepts":
-        return ConceptJudge(evaluation, settings.judge_side)
+        return ConceptJudge(evaluation, JUDGE_SIDE)
     return Ranker(settings.judge, evaluation.device)
 
 
@@ -250,7 +248,6 @@ def plot(figures: dict, folder: Path) -> dict[str, str]:
     names = {}
     for split, real in figures["real"].items():
         figure = matplotlib.figure.Figure(figsize=(5.2 * len(figures["qualities"]), 4.2), layout="constrained")
-        matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
         panels = figure.subplots(1, len(figures["qualities"]), squeeze=False)[0]
         for panel, quality in zip(panels, figures["qualities"], strict=True):
             _plot_panel(panel, figures, split, quality, real[quality]["value"])

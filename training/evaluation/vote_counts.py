@@ -7,7 +7,6 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-import matplotlib.backends.backend_agg
 import matplotlib.figure
 
 from evaluation.votes import ANSWERS, NEITHER, Study
@@ -207,7 +206,6 @@ def draw_chart(figures: dict) -> matplotlib.figure.Figure:
         ("neither, or no majority", [NEITHER, NO_MAJORITY], "lightgrey"),
     ]
     figure = matplotlib.figure.Figure(figsize=(7, 3.8), layout="constrained")
-    matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
     axes = figure.subplots()
     width = 0.2
     for place, (label, answers, colour) in enumerate(bars):
