@@ -260,7 +260,7 @@ def test_a_drawn_picture_is_what_the_pipeline_gives(home, drawn):
     assert len({store.read(row).tobytes() for row in range(20)}) > 15
     report = read_report(drawn)
     with Image.open(drawn / report["pictures"]["examples"]) as page:
-        left, top, real = 2 * (96 + 6) + 190, 18 + 3 * (96 + 6), list_rows()[11 * 20 // 16]["image"]
+        left, top, real = 2 * (96 + 4) + 170, 16 + 3 * (96 + 4), list_rows()[11 * 20 // 16]["image"]
         assert page.width == 2 * left and page.convert("RGB").getpixel((left + 5, top + 50)) == real.getpixel((0, 8))
     assert report["models"]["ours"]["kind"] == "DALLEPipeline" and report["data"]["splits"]["validation"] == {
         "num_captions": 20,

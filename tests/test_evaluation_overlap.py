@@ -272,3 +272,9 @@ def test_what_would_mislead_is_refused(evaluation):
 def test_settings_out_of_range(settings, words):
     with pytest.raises(ValueError, match=words):
         Settings(**settings)
+
+
+def test_a_row_without_a_picture_is_told_from_one_with():
+    rows = [{"image": {"bytes": None, "path": None}}], [{"image": {"bytes": b"x", "path": None}}], [{"image": b"x"}]
+    absent, given, plain = (overlap.hash_pictures(part, "image", 1) for part in rows)
+    assert absent != given == plain

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from evaluation.pictures import make_generator, read_captions
 from PIL import Image, ImageDraw, ImageFont
-from report import save_png, spread
+from report_parts import save_png, spread
 from settings_file import parse_settings
 
 from hf_dalle import DALLEPipeline

@@ -19,7 +19,7 @@ from evaluation.pictures import make_generator, make_seed, read_captions
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 from PIL import Image
-from report import save_png, spread
+from report_parts import save_png, spread
 from settings_file import read_yaml
 
 from hf_dalle import DalleDVAE, DalleImageProcessor, DALLEPipeline, encode_captions

@@ -16,11 +16,12 @@ from arguments import PriorArguments
 from diffusers.utils import make_image_grid
 from finetune_prior import add_adapter, find_start, load_prior, save_adapter
 from huggingface_hub.errors import StrictDataclassError
+from loading import image_datasets
 from optimizers import exempt_from_decay, split_matrices
 from PIL import Image
 from precompute_image_tokens import check_store
 from settings_file import check_names
-from train_dvae import image_datasets, save_dvae
+from train_dvae import save_dvae
 from transformers import AutoTokenizer
 
 from hf_dalle import DalleDVAE, DalleImageProcessor, DALLEPipeline, DallePriorConfig, DallePriorForCausalLM

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from report import spread
+from report_parts import make_table, spread
 
 from evaluation import pictures
 from evaluation.frame import Evaluation
@@ -26,9 +26,9 @@ from hf_dalle.metrics import bits_per_dim
 
 USES_PICTURES = False
 PARTS = {
-    "picture": "E ln p(x given z)",
+    "picture": "E ln p(x|z)",
     "entropy": "H(q)",
-    "tokens": "E ln p(z given y)",
+    "tokens": "E ln p(z|y)",
     "text": "ln p(y)",
 }
 SHARD_SIZE = 16
@@ -237,10 +237,11 @@ def describe(figures: dict) -> str:
         " tokens, whose entropy is 0; with nearest codes the two are one. Means over pictures in nats; after +- the"
         " standard error over pictures and, in brackets, that of having so many samples only.",
         "",
-        "| model | split | pictures | bound | E ln p(x\\|z) | H(q) | E ln p(z\\|y) | ln p(y) | argmax bound |"
-        " bits a dimension | given the caption |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-        *(_describe_row(name, summary) for name, summary in list_summaries(figures)),
+        make_table(
+            ["model", "split", "pictures", "bound", *PARTS.values()]
+            + ["argmax bound", "bits a dimension", "given the caption"],
+            [_describe_row(name, summary) for name, summary in list_summaries(figures)],
+        ),
         "",
         "Pixels count as continuous numbers in 0 ... 255, a density ln f(phi(x)) + ln((1 - 2 eps)/255) a channel: it"
         " is no length of a code, and may be above 0. Bits a dimension are -bound / (3 H W ln 2), of caption and"
@@ -274,17 +275,14 @@ def describe(figures: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _describe_row(name: str, summary: dict) -> str:
-    parts, error = summary["parts"], summary["picture_error"]
-    argmax_error = summary["argmax_picture_error"]
-    cells = [
+def _describe_row(name: str, summary: dict) -> list[str]:
+    return [
         *(name, summary["split"], str(summary["num_pictures"])),
-        f"{summary['bound']:,.1f}{_plus_minus(error)} ({summary['sample_error']:.2g})",
-        *(f"{parts[part]:,.1f}" for part in ("picture", "entropy", "tokens", "text")),
-        f"{summary['argmax_bound']:,.1f}{_plus_minus(argmax_error)}",
+        f"{summary['bound']:,.1f}{_plus_minus(summary['picture_error'])} ({summary['sample_error']:.2g})",
+        *(f"{summary['parts'][part]:,.1f}" for part in PARTS),
+        f"{summary['argmax_bound']:,.1f}{_plus_minus(summary['argmax_picture_error'])}",
         *(f"{summary[bits]:.3f}" for bits in ("bits_per_dim", "bits_per_dim_given_caption")),
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def _plus_minus(error: float | None) -> str:
@@ -301,7 +299,7 @@ def plot(figures: dict, folder: Path) -> dict[str, str]:
     from matplotlib.figure import Figure
 
     rows = list(list_summaries(figures))
-    panels = {**{part: words.replace(" given ", "|") for part, words in PARTS.items()}, "bound": "the sum, the bound"}
+    panels = {**PARTS, "bound": "the sum, the bound"}
     figure = Figure(figsize=(12, 1.3 + 0.4 * len(rows)), layout="constrained")
     all_axes = figure.subplots(1, len(panels), sharey=True)
     for axes, (part, words) in zip(all_axes, panels.items(), strict=True):

@@ -6,8 +6,7 @@ Nothing is computed here. Solid lines are of all real pictures, dashed ones with
 from pathlib import Path
 
 import matplotlib.figure
-
-from evaluation.report import make_table
+from report_parts import make_table
 
 
 CURVES_PNG, SIZES_PNG, DPI = "fidelity.png", "fidelity_sizes.png", 110

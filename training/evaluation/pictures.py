@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from loading import read_column
 from PIL import Image
 from reporting import save_whole
 
@@ -126,12 +127,6 @@ def _list_candidates(captions: list[list[str]], args: EvaluationArguments) -> li
     return [(row, int(rng.integers(len(captions[row])))) for row, rng in draws.items()]
 
 
-def read_column(rows: Any, name: str) -> list:
-    """A column of any kind of rows that `load_rows` gives."""
-    part = rows.select_columns([name])
-    return part[name][:] if hasattr(part, "features") else [part[row][name] for row in range(len(part))]
-
-
 def read_captions(rows: Any, column: str) -> list[list[str]]:
     """Of each row its captions, stripped, without empty ones and repetitions."""
     captions = []
@@ -164,11 +159,15 @@ def fingerprint_rows(rows: Rows, progress: Callable[..., Iterable] | None = None
     digest = hashlib.sha256(json.dumps([rows.ids, rows.captions, rows.references]).encode())
     indices = rows.references
     for index in progress(indices, "real pictures: fingerprint", unit="picture") if progress else indices:
-        image = rows.encoded(index)
-        if isinstance(image, dict):
-            image = image.get("bytes") or (image.get("path") and Path(image["path"]).read_bytes())
-        digest.update(hashlib.sha256(image or b"").digest())
+        digest.update(digest_encoded(rows.encoded(index)))
     return digest.hexdigest()
+
+
+def digest_encoded(image: Any) -> bytes:
+    """Of a picture's file, as the data holds it: bytes, or a dict of bytes or path; of none where there is none."""
+    if isinstance(image, dict):
+        image = image.get("bytes") or (image.get("path") and Path(image["path"]).read_bytes())
+    return hashlib.sha256(image or b"").digest()
 
 
 def make_seed(*parts: int | str) -> int:

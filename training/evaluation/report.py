@@ -17,6 +17,7 @@ import transformers
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import yaml_dump
+from report_parts import make_table
 
 import hf_dalle
 from evaluation.frame import Evaluation
@@ -128,14 +129,9 @@ def list_eval_results(report: dict, model: str) -> list[EvalResult]:
     ]
 
 
-def make_table(head: list[str], rows: list[list]) -> str:
-    """A table in Markdown, numbers to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(_escape(cell) for cell in line)} |" for line in lines)
-
-
-def _escape(cell: object) -> str:
-    return str(cell).replace("|", "\\|").replace("\n", " ")
+def is_held_out(split: str) -> bool:
+    """Whether the captions of a split trained nothing, by its name."""
+    return split == "validation" or split.startswith("test")
 
 
 def describe_head(report: dict) -> str:

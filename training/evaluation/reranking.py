@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 from PIL import Image
+from report_parts import make_table
 
 from evaluation.frame import Evaluation
 from evaluation.models import Model
 from evaluation.pictures import draw_pictures, make_generator
 from evaluation.rankers import ConceptJudge, Ranker, find_reranker
-from evaluation.report import make_table
 from hf_dalle.metrics import bootstrap
 from hf_dalle.reranking import expect_best_of
 

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from evaluation_log import log_run
-from report import save_png
+from report_parts import save_png
 from settings_file import check_names, parse_settings
 
 from evaluation import report

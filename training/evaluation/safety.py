@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from report_parts import make_table
 
 from evaluation.frame import Evaluation
-from evaluation.report import make_table
+from evaluation.report import is_held_out
 from hf_dalle.metrics import wilson_interval
 from hf_dalle.safety_checker import OpenNSFWChecker
 
@@ -148,6 +149,6 @@ def list_results(figures: dict) -> list[dict]:
         for name, side in figures["sides"].items()
         if side["is_drawn"]
         for split, found in side["splits"].items()
-        if split == "validation" or split.startswith("test")
+        if is_held_out(split)
         for threshold, flagged in zip(figures["thresholds"], found["flagged"], strict=True)
     ]
