@@ -64,8 +64,8 @@ def measure_distances(
     for side, values in ((1, is_in), (0, is_covered)):
         values = values.double()
         resamples = [values[pick[side]].mean().item() for pick in picks]
-        shares.append(spread(values.mean().item(), resamples, is_biased=False))
-    return np.array([spread(fd, fds), spread(kd, kds, kd_std), *shares])
+        shares.append(find_interval(values.mean().item(), resamples, is_biased=False))
+    return np.array([find_interval(fd, fds), find_interval(kd, kds, kd_std), *shares])
 
 
 def measure_classes(logits: np.ndarray, settings: FigureSettings, generator: torch.Generator) -> np.ndarray:
@@ -76,10 +76,12 @@ def measure_classes(logits: np.ndarray, settings: FigureSettings, generator: tor
     for _ in range(settings.num_resamples):
         rows = torch.randint(len(logits), (len(logits),), generator=generator)
         resamples.append(inception_score(logits[rows], settings.num_splits))
-    return np.array(spread(value, resamples, std))
+    return np.array(find_interval(value, resamples, std))
 
 
-def spread(value: float, resamples: list[float], std: float = float("nan"), is_biased: bool = True) -> list[float]:
+def find_interval(
+    value: float, resamples: list[float], std: float = float("nan"), is_biased: bool = True
+) -> list[float]:
     """
     A figure with its interval: the resamples' quantiles, of a biased figure moved by the difference of their mean from
     it, `bias`, since a resample repeats pictures, and so moves FD and IS as a smaller sample does.
