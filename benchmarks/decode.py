@@ -53,7 +53,6 @@ def parse_arguments(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num_tokens", type=int, default=8, help="tokens that each draws in its turn")
     parser.add_argument("--num_images", type=int, nargs="+", default=[1, 4], help="images of one prompt at once")
     parser.add_argument("--checkpoint", default=str(CHECKPOINT), help="a pipeline whose first image is timed")
-    parser.add_argument("--do_compile", action="store_true", help="draw with `prior.compile()`")
     add_timing_arguments(parser)
     args = parser.parse_args(args)
     if args.quick:
@@ -76,9 +75,6 @@ def build_priors(args: argparse.Namespace) -> dict[str, DallePriorForCausalLM]:
     with torch.device("meta"):
         priors["paper"] = DallePriorForCausalLM(DallePriorConfig(**sizes)).eval()
     priors["paper"].load_state_dict(priors["dense"].state_dict(), assign=True)
-    if args.do_compile:
-        for prior in priors.values():
-            prior.compile()
     return priors
 
 

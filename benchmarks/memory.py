@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_dalle import DallePriorConfig, DallePriorForCausalLM
 from hf_dalle.cache_dalle import DalleCache, cache_bytes
-from hf_dalle.training_cost import count_activations, prior_loss_without_values, without_values
+from hf_dalle.training_cost import count_activations, optimizer_bytes, prior_loss_without_values, without_values
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,25 +67,24 @@ def predict_bytes(config: DallePriorConfig, args: argparse.Namespace) -> dict[st
     """Bytes by what holds them, without allocating them."""
     with torch.device("meta"):
         prior = build_prior(config, args)
-    matrices, others = split_parameters(prior, args.optimizer)
     weights = sum(weight.nbytes for weight in prior.parameters())
-    # AdamW: two moments and a counter a tensor; Muon: one moment.
-    adamw = 0 if args.optimizer == "sgd" else sum(2 * weight.nbytes + 4 for weight in others)
     return {
         "weights": weights,
         "gradients": weights,
-        "optimizer": adamw + sum(weight.nbytes for weight in matrices),
+        "optimizer": sum(map(optimizer_bytes, make_optimizers(prior, args.optimizer))),
         **count_prior_activations(config, args, is_real=False),
         "cache": cache_bytes(config, 1, args.num_images, DTYPES[args.dtype]),
     }
 
 
-def split_parameters(prior: DallePriorForCausalLM, optimizer: str) -> tuple[list, list]:
-    """The weights that Muon updates, and those that it leaves to AdamW."""
+def make_optimizers(prior: DallePriorForCausalLM, kind: str) -> list[torch.optim.Optimizer]:
+    """One for all weights, or Muon for the layers' matrices and AdamW for the rest."""
+    if kind == "sgd":
+        return [torch.optim.SGD(prior.parameters())]
     groups = {True: [], False: []}
     for name, weight in prior.named_parameters():
-        groups[optimizer == "muon" and weight.ndim == 2 and ".layers." in name].append(weight)
-    return groups[True], groups[False]
+        groups[kind == "muon" and weight.ndim == 2 and ".layers." in name].append(weight)
+    return [torch.optim.AdamW(groups[False]), *([torch.optim.Muon(groups[True])] if groups[True] else [])]
 
 
 def count_prior_activations(config: DallePriorConfig, args: argparse.Namespace, is_real: bool) -> dict[str, int]:
@@ -117,10 +116,7 @@ def measure_bytes(config: DallePriorConfig, args: argparse.Namespace) -> dict[st
     """The same as [`predict_bytes`], of the tensors of a real update and a real drawing."""
     prior = build_prior(config, args)
     activations = count_prior_activations(config, args, is_real=True)
-    matrices, others = split_parameters(prior, args.optimizer)
-    optimizers = [torch.optim.SGD(others) if args.optimizer == "sgd" else torch.optim.AdamW(others)]
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices))
+    optimizers = make_optimizers(prior, args.optimizer)
     compute_loss(prior, args.batch_size, is_real=True).backward()
     for optimizer in optimizers:
         optimizer.step()

@@ -95,18 +95,6 @@ def measure_bandwidth(num_bytes: int = 2**29, num_rounds: int = 5) -> float:
     return best
 
 
-def measure_gemm(size: int = 2048, num_rounds: int = 5) -> float:
-    """Floating-point operations a second of a square matrix product, the best of some."""
-    left, right = torch.ones(2, size, size)
-    left @ right
-    best = 0.0
-    for _ in range(num_rounds):
-        start = time.perf_counter()
-        left @ right
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
-    return best
-
-
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A markdown table."""
     lines = [header, ["---"] * len(header), *rows]

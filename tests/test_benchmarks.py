@@ -50,7 +50,7 @@ def test_figures_become_a_table():
 
 
 def test_rates_are_positive():
-    assert timing.measure_bandwidth(2**20, num_rounds=1) > 0 and timing.measure_gemm(64, num_rounds=1) > 0
+    assert timing.measure_bandwidth(2**20, num_rounds=1) > 0
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])

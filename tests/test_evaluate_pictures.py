@@ -5,24 +5,19 @@ What is measured has tests of its own; here a measurement stands for work that i
 
 import json
 import shutil
-import tempfile
-from pathlib import Path
 
 import evaluate
 import numpy as np
 import pytest
 import torch
 import yaml
-from arguments import parse_arguments
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
-from evaluation import pictures, stored
+from evaluation import pictures
 from evaluation.run import load_measurements
 from evaluation.settings import EvaluationArguments
 from evaluation_log import digest_checkpoint, log_run
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 from PIL import Image
+from settings_file import parse_settings
 from tiny_data import list_rows, write_parquet
 from tiny_evaluation import build_home, make_evaluation, make_settings, read_report, write_config, write_rows
 from tiny_processes import finish, fork, make_ranks, run_script, wait_until
@@ -260,7 +255,7 @@ def test_a_drawn_picture_is_what_the_pipeline_gives(home, drawn):
     assert len({store.read(row).tobytes() for row in range(20)}) > 15
     report = read_report(drawn)
     with Image.open(drawn / report["pictures"]["examples"]) as page:
-        left, top, real = 2 * (96 + 6) + 190, 18 + 3 * (96 + 6), list_rows()[11 * 20 // 16]["image"]
+        left, top, real = 2 * (96 + 4) + 170, 16 + 3 * (96 + 4), list_rows()[11 * 20 // 16]["image"]
         assert page.width == 2 * left and page.convert("RGB").getpixel((left + 5, top + 50)) == real.getpixel((0, 8))
     assert report["models"]["ours"]["kind"] == "DALLEPipeline" and report["data"]["splits"]["validation"] == {
         "num_captions": 20,
@@ -422,61 +417,6 @@ def test_what_does_not_draw_from_captions_is_refused(home, tmp_path):
         refuse(tmp_path / name, words, ValueError)
 
 
-# -------------------------------------------------------------------------------------------------------- stored work
-
-
-def test_stored_work_is_taken_up_only_by_its_own_key(home, tmp_path):
-    evaluation, calls = make_evaluation(home, tmp_path / "out"), []
-
-    def square(rows):
-        calls.append(rows)
-        return {"squares": torch.tensor(rows) ** 2, "rows": np.array(rows)}
-
-    def compute(key, rows=range(7), size=3):
-        return evaluation.compute("squares", key, rows, square, size, "squares")["squares"].tolist()
-
-    expected = [row * row for row in range(7)]
-    assert compute({"a": 1}) == expected and calls == [[0, 1, 2], [3, 4, 5], [6]]
-    assert compute({"a": 1}) == expected and len(calls) == 3
-    for other in (({"a": 2},), ({"a": 1}, range(7), 4)):
-        assert compute(*other) == expected
-    assert len(calls) == 3 + 3 + 2 and compute({"a": 1}, range(1, 7)) == expected[1:]
-    assert len(calls) == 8 + 2
-    with pytest.raises(ValueError, match="`squares` has 1 entries for 3 rows"):
-        evaluation.compute("few", {}, range(3), lambda rows: {"squares": torch.zeros(1)}, 3, "few")
-
-
-@hypothesis_settings(max_examples=20, deadline=None)
-@given(
-    rows=st.lists(st.integers(0, 1000), max_size=12),
-    size=st.integers(1, 9),
-    num_processes=st.integers(1, 4),
-    data=st.data(),
-)
-def test_shards_are_the_rows_whoever_computes_them(rows, size, num_processes, data):
-    with tempfile.TemporaryDirectory() as folder:
-        work = stored.Shards(Path(folder), {}, rows, size)
-        missing = work.list_missing()
-        shares = [missing[process::num_processes] for process in range(num_processes)]
-        for number in data.draw(st.permutations([number for share in shares for number in share])):
-            work.write(number, {"x": np.array(work.rows_of(number)), "y": torch.tensor(work.rows_of(number)) / 3})
-        assert not work.list_missing() and [row for number in missing for row in work.rows_of(number)] == rows
-        read = stored.Shards(Path(folder), {}, rows, size).read()
-        if rows:
-            assert read["x"].tolist() == rows and torch.equal(torch.from_numpy(read["y"]), torch.tensor(rows) / 3)
-
-
-def test_a_cut_shard_is_computed_again(tmp_path):
-    work = stored.Shards(tmp_path, {"a": 1}, range(5), 2)
-    for number in work.list_missing():
-        work.write(number, {"x": np.array(work.rows_of(number))})
-    whole = work.path(1).read_bytes()
-    work.path(1).write_bytes(whole[: len(whole) // 2])
-    assert work.list_missing() == [1]
-    work.write(1, {"x": np.array([2, 3])})
-    assert work.read()["x"].tolist() == [0, 1, 2, 3, 4]
-
-
 def test_seeds_of_rows_are_their_own():
     seeds = {pictures.make_seed(seed, name) for seed in range(20) for name in ("a", "b", "1", 1)}
     assert len(seeds) == 80 and all(0 <= seed < 2**63 for seed in seeds)
@@ -488,7 +428,7 @@ def test_seeds_of_rows_are_their_own():
     "path", sorted((ROOT / "training" / "configs").glob("eval_*.yaml")), ids=lambda path: path.stem
 )
 def test_every_recipe_parses(path):
-    args = parse_arguments([str(path)], EvaluationArguments)
+    args = parse_settings([str(path)], EvaluationArguments, "evaluate.py")
     assert list(load_measurements(args.measure)) == list(args.measure) and args.list_models()
     assert args.output_dir.startswith("runs/")
 

@@ -13,7 +13,8 @@ import torch
 from evaluation import features, fidelity_report
 from evaluation.features import FeatureNetwork, blur, crop_to_side, load_network
 from evaluation.fidelity import Settings, check, compare_models
-from evaluation.run import Evaluation, make_accelerator
+from evaluation.frame import Evaluation
+from evaluation.processes import make_accelerator
 from evaluation.settings import EvaluationArguments
 from PIL import Image, ImageFilter
 from tiny import build_pipeline

@@ -13,6 +13,7 @@ import pytest
 import torch
 from evaluation import fidelity, overlap
 from evaluation.features import load_network
+from evaluation.frame import Evaluation
 from evaluation.overlap import (
     Settings,
     check,
@@ -24,7 +25,7 @@ from evaluation.overlap import (
     search_blocks,
 )
 from evaluation.overlap_page import Pair, write_page
-from evaluation.run import Evaluation, make_accelerator
+from evaluation.processes import make_accelerator
 from evaluation.settings import EvaluationArguments
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from tiny_data import write_parquet
@@ -271,3 +272,9 @@ def test_what_would_mislead_is_refused(evaluation):
 def test_settings_out_of_range(settings, words):
     with pytest.raises(ValueError, match=words):
         Settings(**settings)
+
+
+def test_a_row_without_a_picture_is_told_from_one_with():
+    rows = [{"image": {"bytes": None, "path": None}}], [{"image": {"bytes": b"x", "path": None}}], [{"image": b"x"}]
+    absent, given, plain = (overlap.hash_pictures(part, "image", 1) for part in rows)
+    assert absent != given == plain

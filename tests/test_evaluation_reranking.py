@@ -95,20 +95,20 @@ def test_other_blocks_give_the_same(home, figures, tmp_path):
 def test_what_is_stored_is_not_drawn_again(home, figures, tmp_path, monkeypatch):
     drawn, draw_candidates = [], reranking.draw_candidates
 
-    def stop_at_the_fourth(model, caption, generators):
+    def stop_at_the_fourth(evaluation, model, caption, generators):
         if len(drawn) == 4:
             raise KeyboardInterrupt
         drawn.append(len(generators))
-        return draw_candidates(model, caption, generators)
+        return draw_candidates(evaluation, model, caption, generators)
 
     monkeypatch.setattr(reranking, "draw_candidates", stop_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         measure(make(home, tmp_path), settings_of(home))
     assert drawn == [2, 2, 2, 2]
 
-    def count(model, caption, generators):
+    def count(evaluation, model, caption, generators):
         drawn.append(len(generators))
-        return draw_candidates(model, caption, generators)
+        return draw_candidates(evaluation, model, caption, generators)
 
     monkeypatch.setattr(reranking, "draw_candidates", count)
     assert measure(make(home, tmp_path), settings_of(home)) == figures

@@ -296,6 +296,9 @@ def test_a_bad_split_file_or_size_is_refused(tmp_path, cache_dir, split_file, mo
     kept_back = prepare_emoji.SplitRow("2764-FE0F", "noto", "test_compose", "red heart")
     with pytest.raises(ValueError, match="is of test_compose, which no style may train"):
         prepare_emoji.read_more(write_more(tmp_path / "kept.csv", [("2764-FE0F", "fxemoji", *row[2:])]), [kept_back])
+    more = ("2764-FE0F", "fxemoji", *row[2:])
+    with pytest.raises(ValueError, match=r"names 1 pictures more than once, such as \[\('2764-FE0F', 'fxemoji'\)\]"):
+        prepare_emoji.read_more(write_more(tmp_path / "more_twice.csv", [more, more]), [])
     with pytest.raises(ValueError, match="at least 1, got 0"):
         prepare_emoji.prepare(tmp_path / "out", cache_dir, 0, split_file, more_file)
 

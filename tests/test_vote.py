@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 import vote
-from evaluation.pictures import draw_missing, list_batches
 from evaluation.vote_counts import count_votes
 from evaluation.votes import NEITHER, VoteFile
 from PIL import Image
@@ -77,8 +76,7 @@ def test_two_models_of_an_evaluation(tmp_path):
         Image.new("RGB", (8, 8), "blue").save(folder / f"{name}.png")
     with pytest.raises(OSError, match="let evaluate.py draw all pictures first"):
         open_pairs(config)
-    for _ in draw_missing(model.store, list_batches(model.store, 2), model.pipeline, model.generation, 0):
-        pass
+    evaluation.draw(model)
     pairs = open_pairs(config)
     assert pairs.make_study("tiny", 5).captions == dict(
         zip(evaluation.rows.ids, evaluation.rows.captions, strict=True)

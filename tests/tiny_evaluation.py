@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 from accelerate import Accelerator
-from evaluation.run import Evaluation
+from evaluation.frame import Evaluation
 from evaluation.settings import EvaluationArguments
 from tiny import build_pipeline
 from tiny_data import list_rows, write_parquet

@@ -78,11 +78,11 @@ def check_script(program: str, arguments: list[str]) -> None:
             patch.syspath_prepend(str(ROOT / room))
         name = program.removesuffix(".py").replace("/", ".")
         module = importlib.import_module(name if program.startswith("conversion/") else name.split(".", 1)[1])
-        settings = importlib.import_module("arguments")
+        settings = importlib.import_module("settings_file")
         if program == "training/train.py":
             dry_run = importlib.import_module("dry_run")
             arguments = dry_run.read_machines(arguments)[1] if dry_run.is_asked(arguments) else arguments
-            run_parser(settings.parse_arguments, arguments)
+            run_parser(importlib.import_module("arguments").parse_arguments, arguments)
         elif program == "training/evaluate.py":
             kind = settings.read_yaml(Path(arguments[0])).get("evaluation")
             source = {
@@ -90,7 +90,7 @@ def check_script(program: str, arguments: list[str]) -> None:
                 "pictures": "evaluation.run.EvaluationArguments",
             }
             place, name = source[kind].rsplit(".", 1)
-            settings.parse_arguments(arguments, getattr(importlib.import_module(place), name), "evaluate.py")
+            settings.parse_settings(arguments, getattr(importlib.import_module(place), name), "evaluate.py")
         elif hasattr(module, "parse") or hasattr(module, "parse_arguments"):
             run_parser(getattr(module, "parse", None) or module.parse_arguments, arguments)
         elif program == "training/train_tokenizer.py":  # reads its options, and then finds no captions

@@ -1,23 +1,18 @@
-"""The settings of a training run: one dataclass a stage, read from a YAML file that command-line options override.
+"""The settings of a training run: one dataclass a stage, with what is refused of them.
 
-Names are those of diffusers' training scripts. The order of a run lives in `loop.py`, what a stage computes in
-`train_dvae.py` and `train_prior.py`.
+Names are those of diffusers' training scripts. How a YAML file and the command line become one of these lives in
+`settings_file.py`, the order of a run in `loop.py`, what a stage computes in `train_*.py`.
 """
 
-import difflib
-import json
-from collections.abc import Collection, Iterator
-from dataclasses import MISSING, dataclass, field, fields
-from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import Literal
 
-import yaml
+from settings_file import parse_settings
 
 
 @dataclass
 class TrainArguments:
-    """What both stages share."""
+    """What all stages share."""
 
     output_dir: str = field(
         default="", metadata={"help": "Checkpoints, logs, pictures and the finished model go here."}
@@ -334,113 +329,6 @@ _RANGES = [
 ]
 
 
-def parse_arguments(argv: list[str], kind: type | None = None, script: str = "train.py") -> Any:
-    """
-    Reads `CONFIG.yaml [--option value ...]` into the dataclass of the stage that the YAML names, or into `kind`.
-
-    An option takes `none` where the setting may be absent; a list takes several values; a dict takes JSON.
-
-    Raises:
-        ValueError: for an unknown stage or key (named, with the nearest right one) or a value that does not fit.
-        OSError: if the file cannot be read.
-        SystemExit: after `--help`.
-    """
-    usage = f"Usage: {script} CONFIG.yaml [--option value ...]; `{script} CONFIG.yaml --help` lists the options."
-    if argv in (["-h"], ["--help"]):
-        print(usage)
-        raise SystemExit
-    if not argv or argv[0].startswith("-"):
-        raise ValueError(f"There is no settings file. {usage}")
-    values = read_yaml(Path(argv[0]))
-    if kind is None:
-        stage = values.pop("stage", None)
-        if str(stage) not in STAGES:
-            raise ValueError(f"{argv[0]} says `stage: {stage}`; expected one of {', '.join(STAGES)}.")
-        kind = STAGES[stage]
-    options = _read_options(argv[1:])
-    if options.keys() & {"help", "h"}:
-        print(usage, *_describe(kind), sep="\n")
-        raise SystemExit
-    check_names(options, get_type_hints(kind), "The command line")
-    return build_settings(kind, {**values, **options}, argv[0])
-
-
-def build_settings(kind: type, values: dict, where: str) -> Any:
-    """The dataclass `kind` of `values`, each as its field's type; names and values are checked, `where` is named."""
-    kinds = get_type_hints(kind)
-    check_names(values, kinds, where)
-    return kind(**{name: _convert(name, kinds[name], value) for name, value in values.items()})
-
-
-def check_names(given: Collection[str], known: Collection[str], where: str) -> None:
-    """Raises a `ValueError` for a name in `given` that is not `known`; it gives the nearest that is."""
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-            hint = f"Did you mean `{near[0]}`?" if near else f"Known are {', '.join(known)}."
-            raise ValueError(f"{where} has an unknown key `{name}`. {hint}")
-
-
-def read_yaml(path: Path) -> dict:
-    """The `key: value` lines of a file; a `ValueError` says where it is no such thing."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold `key: value` lines; got {type(values).__name__}.")
-    return values
-
-
-def _read_options(tokens: list[str]) -> dict[str, Any]:
-    """`--name value`, `--name=value`, `--name value value` (a list) and `--name` (true); the last of a name counts."""
-    options, values = {}, None
-    for token in tokens:
-        if token.startswith("--") or token == "-h":
-            name, is_joined, value = token.lstrip("-").partition("=")
-            values = options[name.replace("-", "_")] = [value] if is_joined else []
-        elif values is None:
-            raise ValueError(f"Expected an option, `--name value`, but got {token!r}.")
-        else:
-            values.append(token)
-    return {name: values if len(values) > 1 else (values or [True])[0] for name, values in options.items()}
-
-
-def _convert(name: str, kind: Any, value: Any) -> Any:
-    """A value of the YAML file, or the string of an option, as the setting's type."""
-    may_be_none = isinstance(kind, UnionType)
-    if may_be_none:
-        if value in (None, "none"):
-            return None
-        kind = get_args(kind)[0]
-    try:
-        return _cast(kind, value)
-    except (TypeError, ValueError) as error:
-        words = getattr(kind, "__name__", "") if get_origin(kind) is None else str(kind).replace("typing.", "")
-        raise ValueError(f"`{name}` is {value!r}; expected {words}{' or none' if may_be_none else ''}.") from error
-
-
-def _cast(kind: Any, value: Any) -> Any:
-    if get_origin(kind) is list:
-        return [_cast(get_args(kind)[0], part) for part in (value if isinstance(value, list) else [value])]
-    if get_origin(kind) is Literal:
-        value = "no" if value is False else value  # YAML reads a bare `no` as false
-        is_right = value in get_args(kind)
-    elif kind is dict:
-        value = json.loads(value) if isinstance(value, str) else value
-        is_right = isinstance(value, dict)
-    elif kind is bool:
-        value = {"true": True, "false": False}.get(str(value).lower())
-        is_right = value is not None
-    else:
-        is_right = isinstance(value, str | int | float) and not isinstance(value, bool)
-        value = kind(str(value)) if is_right else value  # through str: a 2.5 is no int, a YAML 1e-4 is a string
-    if not is_right:
-        raise ValueError(value)
-    return value
-
-
-def _describe(kind: type) -> Iterator[str]:
-    for item in fields(kind):
-        default = item.default if item.default_factory is MISSING else item.default_factory()
-        yield f"  --{item.name} ({default!r}): {item.metadata.get('help', '')}".rstrip(": ")
+def parse_arguments(argv: list[str]) -> TrainArguments:
+    """The dataclass of the stage that `CONFIG.yaml [--option value ...]` names, by [`parse_settings`]."""
+    return parse_settings(argv, STAGES, "train.py")

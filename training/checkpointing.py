@@ -45,9 +45,9 @@ class Checkpoints:
         votes (`Votes`): by which an error of one process becomes that of all.
         shared (`dict[str, Any]`): objects whose state is the same on all processes.
         per_process (`dict[str, Any]`): objects of which each process has a state of its own.
-        data (`str`): the one of `per_process` which, where the number of processes is another, is given the state of
-            process 0, and finds its place or refuses it. Of the others those that have an `add_state_dict(state)` are
-            given the states of all processes then, on the main one; the rest start anew.
+            Where the number of processes is another, "data" is given the state of process 0, and finds its place or
+            refuses it. Of the others those that have an `add_state_dict(state)` are given the states of all processes
+            then, on the main one; the rest start anew.
     """
 
     def __init__(
@@ -57,11 +57,10 @@ class Checkpoints:
         votes: Votes,
         shared: dict[str, Any],
         per_process: dict[str, Any],
-        data: str = "data",
     ):
         self.args, self.accelerator, self.votes = args, accelerator, votes
         self.output_dir = Path(args.output_dir)
-        self.shared, self.per_process, self.data = shared, per_process, data
+        self.shared, self.per_process = shared, per_process
 
     @property
     def num_pictures(self) -> int:
@@ -218,7 +217,7 @@ class Checkpoints:
         for name, item in self.per_process.items():
             if manifest["num_processes"] == self.accelerator.num_processes:
                 self._load_part(folder / f"{name}_{self.accelerator.process_index}.pt", item.load_state_dict)
-            elif name == self.data:
+            elif name == "data":
                 self._load_part(folder / f"{name}_0.pt", item.load_state_dict)
             elif self.accelerator.is_main_process and hasattr(item, "add_state_dict"):
                 for index in range(manifest["num_processes"]):
@@ -279,14 +278,11 @@ def read_manifest(folder: Path) -> dict | None:
 
 def hash_file(path: Path, is_synced: bool = False) -> list:
     """Size and SHA-256 of a file; with `is_synced` it is on the disk when this returns."""
-    digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-            size += len(chunk)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
         if is_synced:
             os.fsync(file.fileno())
-    return [size, digest.hexdigest()]
+        return [file.tell(), digest]
 
 
 def _sync(path: Path) -> None:

@@ -6,12 +6,11 @@ a card is made of this lives in `render_card.py`.
 
 import json
 import math
-from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
 
-from arguments import STAGES, TrainArguments, read_yaml
+from arguments import STAGES, TrainArguments
 from safetensors import safe_open
+from settings_file import list_defaults, read_yaml
 
 from hf_dalle.model_card import publish_settings
 
@@ -40,7 +39,8 @@ def describe_training(args: TrainArguments, num_processes: int = 1) -> dict:
     """
     folder = Path(args.output_dir)
     stage = next(name for name, kind in STAGES.items() if type(args) is kind)
-    changed = {item.name: getattr(args, item.name) for item in fields(args) if not _is_default(args, item.name)}
+    defaults = list_defaults(type(args))
+    changed = {name: value for name, value in vars(args).items() if value != defaults[name]}
     pictures = {}
     for path in sorted(folder.glob("validation/*-*.png")):  # steps have leading zeros: the last is the newest
         pictures[path.name.rpartition("-")[0]] = path.relative_to(folder).as_posix()
@@ -74,8 +74,9 @@ def describe_run(settings: dict, metrics: Path, num_processes: int = 1) -> dict:
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     if not rows:
         raise ValueError(f"{metrics} is empty: the run has not logged anything yet.")
-    sizes = (_read(settings, "train_batch_size"), _read(settings, "gradient_accumulation_steps"), num_processes)
-    pictures_an_update, seconds, done, final = math.prod(sizes), 0.0, 0, {}
+    whole = {**list_defaults(STAGES[settings["stage"]]), **settings}
+    pictures_an_update = whole["train_batch_size"] * whole["gradient_accumulation_steps"] * num_processes
+    seconds, done, final = 0.0, 0, {}
     for row in rows:
         if "pictures_per_second" in row:
             seconds += (row["step"] - done) * pictures_an_update / row["pictures_per_second"]
@@ -136,19 +137,6 @@ def describe_model(folder: Path) -> dict:
     files = {path for part in parts for name in ("*.safetensors", "tokenizer*.json") for path in part.glob(name)}
     model["size_in_bytes"] = sum(path.stat().st_size for path in files)
     return model
-
-
-def _is_default(args: TrainArguments, name: str) -> bool:
-    return getattr(args, name) == _default(type(args), name)
-
-
-def _read(settings: dict, name: str) -> Any:
-    return settings.get(name, _default(STAGES[settings["stage"]], name))
-
-
-def _default(kind: type[TrainArguments], name: str) -> Any:
-    item = next(item for item in fields(kind) if item.name == name)
-    return item.default if item.default_factory is MISSING else item.default_factory()
 
 
 def _count_parameters(folder: Path) -> int:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from arguments import parse_arguments
 from evaluation.pictures import make_generator, read_captions
 from PIL import Image, ImageDraw, ImageFont
-from report import save_png, spread
+from report_parts import save_png, spread
+from settings_file import parse_settings
 
 from hf_dalle import DALLEPipeline
 from hf_dalle.data import load_rows, open_picture
@@ -83,7 +83,7 @@ class Block:
 
 
 def main(argv: list[str]) -> None:
-    args = parse_arguments(argv, GalleryArguments, "draw_gallery.py")
+    args = parse_settings(argv, GalleryArguments, "draw_gallery.py")
     pipe = DALLEPipeline.from_pretrained(args.pipeline)
     pipe.set_progress_bar_config(disable=True)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")

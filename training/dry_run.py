@@ -8,8 +8,9 @@ import math
 import os
 from pathlib import Path
 
-from arguments import TrainArguments, parse_arguments, read_yaml
+from arguments import TrainArguments, parse_arguments
 from estimates import Machines, estimate
+from settings_file import read_yaml
 
 
 def main(argv: list[str]) -> None:

@@ -8,56 +8,15 @@ import hashlib
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from arguments import parse_arguments, read_yaml
-from dvae_study_page import write_page
+from dvae_study_page import StudyArguments, write_page
+from evaluation.pictures import write_whole
+from settings_file import parse_settings, read_yaml
 
 
 SCRIPTS = Path(__file__).parent
-
-
-@dataclass
-class StudyArguments:
-    """The settings of the study."""
-
-    config_dir: str = field(default="", metadata={"help": "Folder with NAME.yaml of each dVAE and prior."})
-    runs_dir: str = field(default="", metadata={"help": "Folder of all that the runs write."})
-    data_dir: str = field(default="", metadata={"help": "Folder with train.parquet and validation.parquet."})
-    page: str = field(default="", metadata={"help": "The Markdown file that `write` makes, its pictures beside it."})
-    template: str | None = field(default=None, metadata={"help": "Of the page; none: PAGE with _template.md."})
-    do: Literal["status", "next", "all", "write"] = field(
-        default="status", metadata={"help": "Say what is done; run the next; run all that is left; write the page."}
-    )
-    dvaes: list[str] = field(default_factory=list, metadata={"help": "Names; the first is what others differ from."})
-    priors: list[str] = field(default_factory=list, metadata={"help": "Names; the first is what others differ from."})
-    caption_column: str = "captions"
-    text_vocab_size: int = field(default=2048, metadata={"help": "Of the tokenizer."})
-    text_length: int = field(default=24, metadata={"help": "Of the tokenizer."})
-    num_samples: int = field(default=8, metadata={"help": "Samples of each picture's tokens, for the bounds."})
-    num_fit_pictures: int = field(default=256, metadata={"help": "Of `train`, that each scale is fitted to."})
-    num_shown: int = field(default=10, metadata={"help": "Pictures a row."})
-    prompts: list[str] = field(default_factory=list, metadata={"help": "Captions that the priors draw."})
-    seed: int = 0
-
-    def __post_init__(self):
-        for name in ("config_dir", "runs_dir", "data_dir", "page", "dvaes"):
-            if not getattr(self, name):
-                raise ValueError(f"`{name}` is missing.")
-        for name, lowest in (("num_samples", 2), ("num_fit_pictures", 1), ("num_shown", 1), ("seed", 0)):
-            if getattr(self, name) < lowest:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; expected a number from {lowest}.")
-        names = [*self.dvaes, *self.priors]
-        if len(set(names)) < len(names):
-            raise ValueError(f"`dvaes` and `priors` are {names}; expected different names.")
-
-    def config(self, name: str) -> Path:
-        return Path(self.config_dir) / f"{name}.yaml"
-
-    def run(self, name: str) -> Path:
-        return Path(self.runs_dir) / name
 
 
 @dataclass
@@ -81,7 +40,7 @@ class Run:
 
 
 def main(argv: list[str]) -> None:
-    args = parse_arguments(argv, StudyArguments, "dvae_study.py")
+    args = parse_settings(argv, StudyArguments, "dvae_study.py")
     runs = list_runs(args)
     if args.do == "write":
         done = [run.name for run in runs if is_done(args, run)]
@@ -167,10 +126,8 @@ def list_fingerprints(run: Run) -> dict[str, str]:
 def mark_done(args: StudyArguments, run: Run) -> None:
     path = find_mark(args, run)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
     mark = {"fingerprint": run.fingerprint(), "after": list_fingerprints(run), "command": run.command()[1:]}
-    beside.write_text(json.dumps(mark), encoding="utf-8")
-    beside.replace(path)
+    write_whole(path, json.dumps(mark))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The page of the dVAE study: measures what its runs left, and renders tables and pictures by a template.
+"""The dVAE study's settings and its page: measures what the runs left, renders tables and pictures by a template.
 
 No figure of the page is typed. Which runs there are, and how they are run, is `dvae_study.py`'s; the bounds by which
 dVAEs of other quantizers and losses are compared are `hf_dalle.evidence_lower_bound`'s.
@@ -6,12 +6,12 @@ dVAEs of other quantizers and losses are compared are `hf_dalle.evidence_lower_b
 
 import json
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import numpy as np
 import torch
-from arguments import read_yaml
 from describe_run import describe_run
 from draw_gallery import Block, compose
 from evaluation.elb import summarize
@@ -19,7 +19,8 @@ from evaluation.pictures import make_generator, make_seed, read_captions
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 from PIL import Image
-from report import save_png, spread
+from report_parts import save_png, spread
+from settings_file import read_yaml
 
 from hf_dalle import DalleDVAE, DalleImageProcessor, DALLEPipeline, encode_captions
 from hf_dalle.data import load_rows, open_picture
@@ -27,16 +28,53 @@ from hf_dalle.evidence_lower_bound import evidence_lower_bound, logit_errors
 from hf_dalle.metrics import bootstrap, codes_used, perplexity, psnr
 
 
-if TYPE_CHECKING:
-    from dvae_study import StudyArguments
-
-
 BATCH_SIZE = 32
 LOSSES = {"pixel_l1_weight": "L1", "pixel_l2_weight": "L2"}
 
 
+@dataclass
+class StudyArguments:
+    """The settings of the study."""
+
+    config_dir: str = field(default="", metadata={"help": "Folder with NAME.yaml of each dVAE and prior."})
+    runs_dir: str = field(default="", metadata={"help": "Folder of all that the runs write."})
+    data_dir: str = field(default="", metadata={"help": "Folder with train.parquet and validation.parquet."})
+    page: str = field(default="", metadata={"help": "The Markdown file that `write` makes, its pictures beside it."})
+    template: str | None = field(default=None, metadata={"help": "Of the page; none: PAGE with _template.md."})
+    do: Literal["status", "next", "all", "write"] = field(
+        default="status", metadata={"help": "Say what is done; run the next; run all that is left; write the page."}
+    )
+    dvaes: list[str] = field(default_factory=list, metadata={"help": "Names; the first is what others differ from."})
+    priors: list[str] = field(default_factory=list, metadata={"help": "Names; the first is what others differ from."})
+    caption_column: str = "captions"
+    text_vocab_size: int = field(default=2048, metadata={"help": "Of the tokenizer."})
+    text_length: int = field(default=24, metadata={"help": "Of the tokenizer."})
+    num_samples: int = field(default=8, metadata={"help": "Samples of each picture's tokens, for the bounds."})
+    num_fit_pictures: int = field(default=256, metadata={"help": "Of `train`, that each scale is fitted to."})
+    num_shown: int = field(default=10, metadata={"help": "Pictures a row."})
+    prompts: list[str] = field(default_factory=list, metadata={"help": "Captions that the priors draw."})
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("config_dir", "runs_dir", "data_dir", "page", "dvaes"):
+            if not getattr(self, name):
+                raise ValueError(f"`{name}` is missing.")
+        for name, lowest in (("num_samples", 2), ("num_fit_pictures", 1), ("num_shown", 1), ("seed", 0)):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; expected a number from {lowest}.")
+        names = [*self.dvaes, *self.priors]
+        if len(set(names)) < len(names):
+            raise ValueError(f"`dvaes` and `priors` are {names}; expected different names.")
+
+    def config(self, name: str) -> Path:
+        return Path(self.config_dir) / f"{name}.yaml"
+
+    def run(self, name: str) -> Path:
+        return Path(self.runs_dir) / name
+
+
 @torch.no_grad()
-def write_page(args: "StudyArguments", done: list[str], left: list[str]) -> None:
+def write_page(args: StudyArguments, done: list[str], left: list[str]) -> None:
     """
     Measures the finished runs and writes the page, its figures (.json) and its pictures beside it.
 
@@ -80,7 +118,7 @@ def write_page(args: "StudyArguments", done: list[str], left: list[str]) -> None
     page.write_text(render(text, figures), encoding="utf-8")
 
 
-def read_rows(args: "StudyArguments", split: str) -> tuple[list[str], list[Image.Image]]:
+def read_rows(args: StudyArguments, split: str) -> tuple[list[str], list[Image.Image]]:
     """First captions and pictures of a split; of `train` a sample by the seed."""
     data = load_rows(args.data_dir, split=split)
     chosen = range(len(data))
@@ -91,7 +129,7 @@ def read_rows(args: "StudyArguments", split: str) -> tuple[list[str], list[Image
     return [captions[row][0] for row in chosen], [open_picture(data[row]["image"]) for row in chosen]
 
 
-def measure_dvae(args: "StudyArguments", name: str, pictures: list[Image.Image]) -> tuple[dict, list[Image.Image]]:
+def measure_dvae(args: StudyArguments, name: str, pictures: list[Image.Image]) -> tuple[dict, list[Image.Image]]:
     """Its figures on these pictures, and what it makes of those that are shown."""
     dvae = DalleDVAE.from_pretrained(args.run(name)).eval()
     image_processor = DalleImageProcessor.from_pretrained(args.run(name))
@@ -126,14 +164,14 @@ def measure_dvae(args: "StudyArguments", name: str, pictures: list[Image.Image])
     return figures, image_processor.postprocess(reconstructions, output_type="pil")
 
 
-def fit_scale(args: "StudyArguments", dvae: DalleDVAE, image_processor: DalleImageProcessor) -> float:
+def fit_scale(args: StudyArguments, dvae: DalleDVAE, image_processor: DalleImageProcessor) -> float:
     """The likeliest constant ln b for pictures of `train`."""
     _, pictures = read_rows(args, "train")
     pixel_values = image_processor.preprocess(pictures)["pixel_values"]
     return torch.cat([logit_errors(dvae, batch) for batch in pixel_values.split(BATCH_SIZE)]).mean().log().item()
 
 
-def measure_bound(args: "StudyArguments", dvae, prior, pixel_values: torch.Tensor, text=(), **scale) -> dict:
+def measure_bound(args: StudyArguments, dvae, prior, pixel_values: torch.Tensor, text=(), **scale) -> dict:
     """The bound with its parts, as [`summarize`] gives them."""
     generators = [make_generator(args.seed, "study", row) for row in range(len(pixel_values))]
     settings = {"generator": generators, "num_samples": args.num_samples, **scale}
@@ -141,7 +179,7 @@ def measure_bound(args: "StudyArguments", dvae, prior, pixel_values: torch.Tenso
 
 
 def measure_prior(
-    args: "StudyArguments", name: str, dvaes: dict, pictures: list[Image.Image], captions: list[str]
+    args: StudyArguments, name: str, dvaes: dict, pictures: list[Image.Image], captions: list[str]
 ) -> tuple[dict, list[list[Image.Image]]]:
     """The joint bound of a prior with its dVAE, and pictures of the prompts, a row each."""
     pipe = DALLEPipeline.from_pretrained(args.run(name))

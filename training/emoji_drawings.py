@@ -3,6 +3,7 @@
 Where the packages come from lives in `emoji_sets.py`.
 """
 
+import importlib.util
 import io
 import json
 from collections.abc import Callable, Iterable
@@ -15,6 +16,18 @@ from tqdm.auto import tqdm
 
 # Duplicates are told at one size, so that every size has the same pictures.
 DUPLICATES_SIZE = 128
+
+
+def check_drawing(size: int) -> None:
+    """
+    Raises:
+        ValueError: For a size in pixels that no picture has.
+        OSError: resvg-py is missing.
+    """
+    if size < 1:
+        raise ValueError(f"size is the pictures' side in pixels and must be at least 1, got {size}")
+    if importlib.util.find_spec("resvg_py") is None:
+        raise OSError("resvg-py, which draws the SVG pictures, is missing: `pip install resvg-py`")
 
 
 def read_drawings(

@@ -90,6 +90,12 @@ MORE_EMOJI_SETS = (
 )  # fmt: skip
 
 
+# How a README credits what is written about emoji.
+NAMES_CREDIT = f"""`{NAMES_PACKAGE[0]}` {NAMES_PACKAGE[1]} by Miles Johnson
+([MIT](https://github.com/milesj/emojibase/blob/master/LICENSE)), from [Unicode CLDR](https://cldr.unicode.org)
+([Unicode-3.0](https://www.unicode.org/license.txt))."""
+
+
 class Concept(NamedTuple):
     """What an emoji shows, whoever draws it; `hexcode` as emojibase writes it."""
 

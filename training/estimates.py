@@ -139,6 +139,11 @@ def build_dvae(sizes: dict) -> DalleDVAE:
         raise ValueError(f"`model` does not fit: {error}.") from error
 
 
+def read_sizes(folder: str | Path) -> dict:
+    """Of a saved dVAE, as [`build_dvae`] takes them."""
+    return {name: value for name, value in DalleDVAE.load_config(folder).items() if not name.startswith("_")}
+
+
 def _trace_prior(args: PriorArguments) -> Traced:
     config, dvae_config, notes = find_config(args)
     with without_values():
@@ -165,9 +170,8 @@ def _trace_prior(args: PriorArguments) -> Traced:
 def _trace_reranker(args: RerankerArguments) -> Traced:
     notes, dvae, image_size = [], None, None
     if args.dvae is not None and Path(args.dvae, "config.json").is_file():
-        loaded = DalleDVAE.load_config(args.dvae)
         with without_values():
-            dvae = build_dvae({name: value for name, value in loaded.items() if not name.startswith("_")})
+            dvae = build_dvae(read_sizes(args.dvae))
         image_size = dvae.config.sample_size
     elif args.dvae is not None:
         notes.append(
@@ -231,8 +235,7 @@ def find_config(args: PriorArguments) -> tuple[DallePriorConfig, dict | None, li
     if is_pipeline:
         dvae_folder, tokenizer_folder = dvae_folder or start / "dvae", tokenizer_folder or start / "tokenizer"
     if Path(dvae_folder, "config.json").is_file():
-        loaded = DalleDVAE.load_config(dvae_folder)
-        dvae = {name: value for name, value in loaded.items() if not name.startswith("_")}
+        dvae = read_sizes(dvae_folder)
         with without_values():
             built = build_dvae(dvae)
         fixed |= {"image_vocab_size": built.config.vocab_size, "image_grid_size": built.image_grid_size}

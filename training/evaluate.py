@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import evaluate_concepts
-from arguments import read_yaml
 from evaluation import run
+from settings_file import read_yaml
 
 
 KINDS = {"concepts": evaluate_concepts.main, "pictures": run.main}

@@ -16,13 +16,14 @@ from typing import Literal
 import datasets
 import numpy as np
 import torch
-from arguments import STAGES, check_names, parse_arguments
+from arguments import STAGES
 from copies import measure_copies
 from describe_run import describe_model, describe_stage
 from evaluation_log import check_log, digest_checkpoint, log_run
 from judge import Judge, extract_features, load_judge, name_judge, reference_features
 from PIL import Image
 from report import ROWS, write_report
+from settings_file import check_names, parse_settings
 from tqdm.auto import tqdm
 
 from hf_dalle import DALLEPipeline
@@ -58,7 +59,6 @@ class ConceptArguments:
     num_train_pictures: int = field(default=302, metadata={"help": "Sample of train, the same at each run."})
     seed: int = field(default=0, metadata={"help": "Of the sample, the drawings and the intervals."})
     batch_size: int = field(default=32, metadata={"help": "Pictures drawn or reconstructed at a time."})
-    judge_batch_size: int = field(default=8, metadata={"help": "Pictures judged at a time."})
     cache_dir: str | None = field(
         default=None, metadata={"help": "For the features of training pictures; none: data_dir/.judge."}
     )
@@ -78,7 +78,7 @@ class ConceptArguments:
         for name in ("name", "checkpoint", "data_dir", "output_dir"):
             if not getattr(self, name):
                 raise ValueError(f"`{name}` is missing.")
-        for name in ("num_train_pictures", "batch_size", "judge_batch_size", "num_sample_images"):
+        for name in ("num_train_pictures", "batch_size", "num_sample_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; expected a number from 1.")
         if len(set(self.splits)) < len(self.splits) or "fold" in self.splits:
@@ -120,7 +120,7 @@ class Made:
 
 
 def main(argv: list[str]) -> None:
-    args = parse_arguments(argv, ConceptArguments, "evaluate.py")
+    args = parse_settings(argv, ConceptArguments, "evaluate.py")
     # What can be wrong is found before the run is logged, and logged before a test picture is measured.
     network = load_judge()
     pipe = load_pipeline(args.checkpoint)
@@ -296,11 +296,8 @@ def measure_split(args, network, judges: dict[int, Judge], pipe, split: Split, m
     for side, judge in judges.items():
         features = {}
         for row in ROWS:
-            parts = batches(
-                pictures[row], 8 * args.judge_batch_size, f"{split.name}: judging {row} at {side} x {side}"
-            )
-            parts = [extract_features(network, part, side, args.judge_batch_size) for part in parts]
-            features[row] = torch.cat(parts)
+            parts = batches(pictures[row], 64, f"{split.name}: judging {row} at {side} x {side}")
+            features[row] = torch.cat([extract_features(network, part, side) for part in parts])
         wanted = (split.concepts, split.styles, split.own, features["real"])
         sides[str(side)] = {row: judge.score(features[row], *wanted, seed=args.seed) for row in ROWS}
     return {

@@ -56,6 +56,5 @@ def digest_checkpoint(folder: Path) -> str:
     for part in ("prior", "dvae"):
         for weights in sorted((folder / part).glob("*.safetensors")):
             with weights.open("rb") as file:
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
+                hashlib.file_digest(file, lambda: digest)  # goes on in the one digest
     return digest.hexdigest()[:12]

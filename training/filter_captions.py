@@ -38,18 +38,19 @@ class Tally:
     """Rows kept and dropped, with samples; those of several shards add up in any order to the same."""
 
     def __init__(self):
-        self.num_kept, self.dropped, self.num_captions, self.samples = 0, Counter(), 0, {}
+        self.num_kept, self.dropped, self.num_captions_dropped, self.samples = 0, Counter(), 0, {}
 
     def keep(self, num_captions_dropped: int = 0):
         self.num_kept += 1
-        self.num_captions += num_captions_dropped
+        self.num_captions_dropped += num_captions_dropped
 
     def drop(self, reason: str, caption: str | None):
         self.dropped[reason] += 1
         self._sample(reason, [caption or ""])
 
     def add(self, other: "Tally"):
-        self.num_kept, self.num_captions = self.num_kept + other.num_kept, self.num_captions + other.num_captions
+        self.num_kept += other.num_kept
+        self.num_captions_dropped += other.num_captions_dropped
         self.dropped += other.dropped
         for reason, captions in other.samples.items():
             self._sample(reason, captions)
@@ -64,7 +65,7 @@ class Tally:
         dropped = dict(sorted(self.dropped.items(), key=lambda item: (-item[1], item[0])))
         samples = dict(sorted(self.samples.items()))
         counts = {"num_rows": num_rows, "num_kept": self.num_kept, "dropped": dropped}
-        return {**counts, "num_other_captions_dropped": self.num_captions, "samples": samples}
+        return {**counts, "num_other_captions_dropped": self.num_captions_dropped, "samples": samples}
 
 
 def main(argv: list[str]) -> None:

@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from arguments import PriorArguments, check_names
+from arguments import PriorArguments
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
+from settings_file import check_names
 
 from hf_dalle import DALLEPipeline, DallePriorConfig, DallePriorForCausalLM
 from hf_dalle.lora_dalle import check_peft, collect_adapter, list_linear_layers

@@ -20,7 +20,7 @@ from PIL import Image
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm.auto import tqdm
 
-from hf_dalle.data import load_rows, open_picture
+from hf_dalle.data import open_picture
 from hf_dalle.metrics import bootstrap, fit_ridge_probe, group_means, rank_concepts
 
 
@@ -237,35 +237,3 @@ def _find(ids: dict[str, int], names: Sequence[str], what: str) -> torch.Tensor:
     if unknown:
         raise ValueError(f"No picture to judge by has the {what} {unknown[0]!r} ({len(unknown)} such).")
     return torch.tensor([ids[name] for name in names])
-
-
-def judge_pictures(
-    pictures: Sequence[Image.Image | torch.Tensor],
-    rows: Sequence[int],
-    data_dir: str | Path,
-    fold: Sequence[int] = (),
-    side: int = 32,
-    seed: int = 0,
-) -> dict[str, dict[str, float]]:
-    """
-    Judges pictures made for rows of the training split, to choose settings by.
-
-    Args:
-        pictures: PIL, or 3 x H x W in [0, 1].
-        rows (`list[int]`): for each picture the row whose concept and style it should show.
-        data_dir (`str` or `Path`): with `train.parquet`; features of its pictures are kept in its `.judge`.
-        fold (`list[int]`): rows that trained nothing; they take no part in the judge either.
-        side (`int`): what pictures are reduced to.
-        seed (`int`): of the intervals.
-
-    Returns:
-        `dict`: `recall@1`, `recall@5` and `style`, each with `value`, `low` and `high`.
-    """
-    if len(pictures) != len(rows):
-        raise ValueError(f"There are {len(pictures)} pictures for {len(rows)} rows.")
-    network, data = load_judge(), load_rows(str(data_dir))
-    features = reference_features(network, data, side, Path(data_dir) / ".judge")
-    concepts, styles = data["hexcode"][:], data["style"][:]
-    judge = Judge(features, concepts, styles, left_out=fold, without_probe=rows)
-    wanted = [concepts[row] for row in rows], [styles[row] for row in rows]
-    return judge.score(extract_features(network, pictures, side), *wanted, own=rows, seed=seed)

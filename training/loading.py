@@ -1,4 +1,4 @@
-"""From a data set to this process's batches: the loader, its position in the data, and the rows that were skipped.
+"""From the data that settings name to this process's batches: data sets, the loader, its position, skipped rows.
 
 Order and content of rows are `hf_dalle.row_order`'s and `hf_dalle.data`'s; the run that uses them lives in `loop.py`.
 """
@@ -19,14 +19,39 @@ from interruptions import heed_parent_alone
 from reporting import append_whole
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from hf_dalle import DalleImageProcessor
+from hf_dalle.data import CaptionImageReader, RandomCrop, load_rows
 from hf_dalle.row_order import EpochBatchSampler
-from hf_dalle.streams import CaptionImageStream
+from hf_dalle.streams import CaptionImageStream, open_dataset
 
 
 logger = get_logger(__name__)
 
 MAX_NAMED_ROWS = 100  # on the screen, by each process; the file names them all
 MIN_ROWS_FOR_SHARE = 1000  # before so many rows were met, a share of skipped ones says little
+
+
+def image_datasets(
+    args: TrainArguments, image_processor: DalleImageProcessor, crop_range: tuple[float, float], **kwargs
+) -> tuple[CaptionImageReader, CaptionImageReader | None]:
+    """The training and the validation set that `args` name; `kwargs` go to both."""
+    size = image_processor.size["height"]
+    augmentation = None
+    if args.resize_range is not None:
+        augmentation = RandomCrop(size, args.resize_range, args.crop_range or crop_range, args.do_random_flip)
+    columns = {"image_column": args.image_column, "image_processor": image_processor, "seed": args.seed, **kwargs}
+    rows = load_rows(args.train_data_dir, args.dataset_name, args.train_split, args.image_column, args.streaming)
+    train = open_dataset(rows, args.shuffle_buffer_size, augmentation=augmentation, **columns)
+    if args.validation_split is None:
+        return train, None
+    rows = load_rows(args.train_data_dir, args.dataset_name, args.validation_split, args.image_column, args.streaming)
+    return train, open_dataset(rows, is_training=False, **columns)
+
+
+def read_column(rows: Any, name: str) -> list:
+    """A column of any kind of rows that `load_rows` gives."""
+    part = rows.select_columns([name])
+    return part[name][:] if hasattr(part, "features") else [part[row][name] for row in range(len(part))]
 
 
 def make_loader(

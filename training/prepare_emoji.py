@@ -9,19 +9,27 @@ credit. The sets live in `emoji_sets.py`, the drawing in `emoji_drawings.py`.
 
 import argparse
 import csv
-import importlib.util
-import os
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 import pyarrow.parquet
-from emoji_drawings import draw_pictures, read_drawings
-from emoji_sets import EMOJI_SETS, MORE_EMOJI_SETS, NAMES_PACKAGE, Concept, EmojiSet, fetch_package, read_concepts
+from emoji_drawings import check_drawing, draw_pictures, read_drawings
+from emoji_sets import (
+    EMOJI_SETS,
+    MORE_EMOJI_SETS,
+    NAMES_CREDIT,
+    NAMES_PACKAGE,
+    Concept,
+    EmojiSet,
+    fetch_package,
+    read_concepts,
+)
+from shards import write_split
 
 
 SPLIT_FILE = Path(__file__).parent / "data" / "emoji_split.csv"
@@ -71,10 +79,7 @@ def prepare(
         ValueError: A package of another version or a damaged one, or pictures other than the split's.
         OSError: npm is missing or cannot fetch a package, or resvg-py is missing.
     """
-    if size < 1:
-        raise ValueError(f"size is the pictures' side in pixels and must be at least 1, got {size}")
-    if importlib.util.find_spec("resvg_py") is None:
-        raise OSError("resvg-py, which draws the SVG pictures, is missing: `pip install resvg-py`")
+    check_drawing(size)
     rows = read_split(split_file)
     rows += read_more(more_file, rows)
     readme = write_readme(rows, size)
@@ -98,7 +103,7 @@ def prepare(
     (output_dir / "README.md").unlink(missing_ok=True)
     for split in (*SPLITS, MORE_SPLIT):
         chosen = [example for example, row in zip(examples, rows, strict=True) if row.split == split]
-        write_parquet(chosen, output_dir / f"{split}.parquet")
+        write_split(chosen, FEATURES, output_dir / f"{split}.parquet")
         print(f"{split}: {len(chosen):,} pictures")
     (output_dir / "README.md").write_text(readme, encoding="utf-8")
     print(f"{len(rows):,} pictures of {len({row.hexcode for row in rows}):,} concepts in {output_dir}")
@@ -113,14 +118,15 @@ def read_split(path: Path) -> list[SplitRow]:
     for row in rows:
         if row.style not in styles or row.split not in SPLITS:
             raise ValueError(f"{path}: expected a style of {sorted(styles)} and a split of {SPLITS}, got {row}")
-    twice = [pair for pair, count in Counter((r.hexcode, r.style) for r in rows).items() if count > 1]
-    if twice:
-        raise ValueError(f"{path} names {len(twice)} pictures more than once, such as {twice[:5]}")
+    _check_once(path, rows)
     return rows
 
 
 def read_more(path: Path, rows: list[SplitRow]) -> list[SplitRow]:
-    """Reads the list of further training pictures, and refuses concepts that `rows` keep for `test_compose`."""
+    """
+    Reads the list of further training pictures, and refuses unknown styles, concepts that `rows` keep for
+    `test_compose`, and pictures named twice.
+    """
     with open(path, encoding="utf-8", newline="") as file:
         more = [SplitRow(r["hexcode"], r["style"], MORE_SPLIT, r["name"], r["icon"]) for r in csv.DictReader(file)]
     styles = {emoji_set.style for emoji_set in MORE_EMOJI_SETS}
@@ -130,7 +136,14 @@ def read_more(path: Path, rows: list[SplitRow]) -> list[SplitRow]:
             raise ValueError(f"{path}: expected a style of {sorted(styles)}, got {row}")
         if row.hexcode in held_out:
             raise ValueError(f"{path}: {row.hexcode} ({row.name}) is of test_compose, which no style may train")
+    _check_once(path, more)
     return more
+
+
+def _check_once(path: Path, rows: list[SplitRow]) -> None:
+    twice = [pair for pair, count in Counter((r.hexcode, r.style) for r in rows).items() if count > 1]
+    if twice:
+        raise ValueError(f"{path} names {len(twice)} pictures more than once, such as {twice[:5]}")
 
 
 def is_complete(output_dir: Path, rows: list[SplitRow], readme: str) -> bool:
@@ -183,13 +196,6 @@ def make_example(
     }
 
 
-def write_parquet(examples: list[dict], path: Path) -> None:
-    """Writes one split; the file appears whole or not at all."""
-    partial = path.with_suffix(".partial")
-    datasets.Dataset.from_list(examples, features=FEATURES).to_parquet(partial)
-    os.replace(partial, path)
-
-
 def write_readme(rows: list[SplitRow], size: int) -> str:
     """The text of the data's README: what it is, counts, licences and credit."""
     counts = Counter((row.style, row.split) for row in rows)
@@ -219,24 +225,22 @@ styles, `test_compose` concepts that are trained in no style. Columns:
 {newline.join(credit_lines)}
 
 Changes: drawn as pixels on white; pictures that repeat another one of their style left out.
-Names, tags, groups and Korean names: `{NAMES_PACKAGE[0]}` {NAMES_PACKAGE[1]} by Miles Johnson
-([MIT](https://github.com/milesj/emojibase/blob/master/LICENSE)), from [Unicode CLDR](https://cldr.unicode.org)
-([Unicode-3.0](https://www.unicode.org/license.txt)).
+Names, tags, groups and Korean names: {NAMES_CREDIT}
 """
 
 
-def main() -> None:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(description="Makes the pictures and captions that emoji-mini is trained on.")
-    parser.add_argument("--output_dir", type=Path, default=Path("data/emoji"), help="where the parquet files go")
+def run_script(prepare: Callable[[Path, Path, int], object], description: str, output_dir: str) -> None:
+    """Reads the command line of a script that makes pictures of emoji, and runs its `prepare`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--output_dir", type=Path, default=Path(output_dir), help="where the parquet files go")
     parser.add_argument("--cache_dir", type=Path, default=Path("data/npm"), help="where npm's packages are kept")
     parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels")
     arguments = parser.parse_args()
     try:
         prepare(arguments.output_dir, arguments.cache_dir, arguments.size)
     except (OSError, ValueError) as error:
-        sys.exit(f"prepare_emoji.py: {error}")
+        sys.exit(f"{parser.prog}: {error}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(prepare, "Makes the pictures and captions that emoji-mini is trained on.", "data/emoji")

@@ -10,7 +10,6 @@ What scenes are and how they look lives in `scenes.py`.
 import argparse
 import hashlib
 import io
-import os
 import sys
 from collections.abc import Iterable
 from functools import lru_cache
@@ -21,6 +20,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 from scenes import COLOURS, DIAMETERS, MAX_COUNT, RELATIONS, SHAPES, Scene, Thing, draw_layout, place_scene
+from shards import write_split
 from tqdm.auto import tqdm
 
 
@@ -81,7 +81,7 @@ def prepare(output_dir: Path, num_rows: dict[str, int], size: int = 60, seed: in
         for row in tqdm(range(num_rows[split]), desc=f"{split:>12}", unit="picture", mininterval=1):
             rng = np.random.default_rng((seed, SPLITS.index(split), row))
             examples.append(make_example(sample_scene(split, rng), rng, size))
-        write_parquet(examples, output_dir / f"{split}.parquet")
+        write_split(examples, FEATURES, output_dir / f"{split}.parquet")
         words[split] = {word for example in examples for text in example["captions"] for word in text.split()}
     unseen = sorted(set().union(*words.values()) - words["train"])
     (output_dir / "README.md").write_text(write_readme(num_rows, size, seed, unseen), encoding="utf-8")
@@ -223,13 +223,6 @@ def read_scene(row: dict) -> Scene:
     if not is_known or scene.relation not in (None, *RELATIONS) or scene.count not in range(1, MAX_COUNT + 1):
         raise ValueError(f"a row has words that shapes do not: {scene}")
     return scene
-
-
-def write_parquet(examples: list[dict], path: Path) -> None:
-    """Writes one split; the file appears whole or not at all."""
-    partial = path.with_suffix(".partial")
-    datasets.Dataset.from_list(examples, features=FEATURES).to_parquet(partial)
-    os.replace(partial, path)
 
 
 def write_readme(num_rows: dict[str, int], size: int, seed: int, unseen: list[str]) -> str:

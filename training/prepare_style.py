@@ -7,16 +7,14 @@ concepts that the checkpoint knows in other styles. How emoji are fetched and dr
     python training/prepare_style.py --output_dir data/emoji-style
 """
 
-import argparse
 import hashlib
-import importlib.util
-import sys
 from collections import Counter
 from pathlib import Path
 
-from emoji_drawings import draw_pictures, read_drawings
-from emoji_sets import NAMES_PACKAGE, EmojiSet, fetch_package, normalize_hexcode, read_concepts
-from prepare_emoji import SPLIT_FILE, SplitRow, make_example, read_split, write_parquet
+from emoji_drawings import check_drawing, draw_pictures, read_drawings
+from emoji_sets import NAMES_CREDIT, NAMES_PACKAGE, EmojiSet, fetch_package, normalize_hexcode, read_concepts
+from prepare_emoji import FEATURES, SPLIT_FILE, SplitRow, make_example, read_split, run_script
+from shards import write_split
 
 
 STYLE = EmojiSet(
@@ -40,10 +38,7 @@ def prepare(output_dir: Path, cache_dir: Path, size: int = 128) -> None:
         ValueError: A damaged package, or one of another version.
         OSError: npm is missing or cannot fetch a package, or resvg-py is missing.
     """
-    if size < 1:
-        raise ValueError(f"size is the pictures' side in pixels and must be at least 1, got {size}")
-    if importlib.util.find_spec("resvg_py") is None:
-        raise OSError("resvg-py, which draws the SVG pictures, is missing: `pip install resvg-py`")
+    check_drawing(size)
     concepts = {concept.hexcode: concept for concept in read_concepts(fetch_package(*NAMES_PACKAGE, cache_dir))}
     drawings = read_drawings(STYLE, fetch_package(STYLE.package, STYLE.version, cache_dir))
     drawn = {hexcode for hexcode in concepts if normalize_hexcode(hexcode) in drawings}
@@ -55,7 +50,7 @@ def prepare(output_dir: Path, cache_dir: Path, size: int = 128) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
         examples = [make_example(row, concepts[row.hexcode], pictures[row.hexcode], (STYLE,)) for row in rows]
-        write_parquet(examples, output_dir / f"{split}.parquet")
+        write_split(examples, FEATURES, output_dir / f"{split}.parquet")
         print(f"{split}: {len(examples)} pictures")
     (output_dir / "README.md").write_text(write_readme(splits, size), encoding="utf-8")
 
@@ -94,24 +89,9 @@ def write_readme(splits: dict[str, list[SplitRow]], size: int) -> str:
 {size} x {size} pixels on white, made by `training/prepare_style.py`. Captions: "{STYLE.phrase} style emoji of ...".
 
 Pictures: `{STYLE.package}` {STYLE.version}, {STYLE.credit}, {STYLE.license}.
-Names, tags and Korean names: `{NAMES_PACKAGE[0]}` {NAMES_PACKAGE[1]} by Miles Johnson
-([MIT](https://github.com/milesj/emojibase/blob/master/LICENSE)), from [Unicode CLDR](https://cldr.unicode.org)
-([Unicode-3.0](https://www.unicode.org/license.txt)).
+Names, tags and Korean names: {NAMES_CREDIT}
 """
 
 
-def main() -> None:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(description="Makes 100 pictures of a new style to fine-tune emoji-mini on.")
-    parser.add_argument("--output_dir", type=Path, default=Path("data/emoji-style"), help="where the parquet files go")
-    parser.add_argument("--cache_dir", type=Path, default=Path("data/npm"), help="where npm's packages are kept")
-    parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels")
-    arguments = parser.parse_args()
-    try:
-        prepare(arguments.output_dir, arguments.cache_dir, arguments.size)
-    except (OSError, ValueError) as error:
-        sys.exit(f"prepare_style.py: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    run_script(prepare, "Makes 100 pictures of a new style to fine-tune emoji-mini on.", "data/emoji-style")

@@ -22,19 +22,8 @@ TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"
 
 # What a published card may not be without. Each is words, but the data sets, which are rows of these columns.
 REQUIRED_FACTS = (
-    *(
-        "license",
-        "language",
-        "tags",
-        "model_id",
-        "data_set",
-        "summary",
-        "draws_well",
-        "draws_badly",
-        "training",
-        "data",
-    ),
-    *("intended_use", "limits", "biases", "license_note", "data_sets"),
+    *("license", "language", "tags", "model_id", "data_set", "summary", "draws_well", "draws_badly"),
+    *("training", "data", "intended_use", "limits", "biases", "license_note", "data_sets"),
 )
 DATA_SET_COLUMNS = ("name", "url", "by", "use", "license", "license_url")
 

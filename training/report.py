@@ -1,25 +1,22 @@
 """Writes what `evaluate_concepts.py` measured: report.json, report.md for a reader, grids and curves as PNG files.
 
-A grid above `MAX_BYTES` is written in fewer colours. Nothing is measured here, and a model's card is made by
+Nothing is measured here. What the report is put together from lives in `report_parts.py`; a model's card is made by
 `render_card.py`.
 """
 
 import json
-import textwrap
 from pathlib import Path
 
-import matplotlib.backends.backend_agg
 import matplotlib.figure
 import torch
 from diffusers.utils import make_image_grid
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
+from report_parts import draw_entries, make_table, save_png, spread
 
 
-MAX_BYTES = 400_000
 NUM_GRID_ROWS = 30
 NUM_PAIRS = 32
 NUM_RECONSTRUCTIONS = 10
-CELL = 64  # side of a picture in a grid, in pixels
 ROWS = {"real": "real pictures", "reconstructions": "their reconstructions", "drawn": "drawn from their captions"}
 CURVES = {
     "dvae": {"loss": ["loss"], "PSNR, dB": ["validation_psnr"], "perplexity": ["train_perplexity"]},
@@ -99,28 +96,13 @@ def to_images(pictures: torch.Tensor | list[torch.Tensor]) -> list[Image.Image]:
     return [Image.fromarray(array) for array in arrays]
 
 
-def spread(length: int, number: int) -> list[int]:
-    """`number` places evenly over `length`, from the first on: rows that nobody picked."""
-    number = min(length, number)
-    return [index * length // number for index in range(number)]
-
-
-def save_png(image: Image.Image, path: Path) -> None:
-    """With all colours, or with as many of a palette as fit in `MAX_BYTES`, but 32 whatever their size."""
-    image.save(path, optimize=True)
-    for num_colours in (256, 128, 64, 32):
-        if path.stat().st_size <= MAX_BYTES:
-            return
-        image.quantize(num_colours, dither=Image.Dither.NONE).save(path, optimize=True)
-
-
 def draw_split_grid(split, made) -> Image.Image:
     """Real picture, reconstruction and drawn picture of rows spread over the split, in two columns, with captions."""
     entries = []
     for index in spread(len(split), NUM_GRID_ROWS):
         of_model = to_images([made.reconstructions[index], made.drawn[index]])
         entries.append(([split.pictures[index], *of_model], split.captions[index]))
-    return _draw_entries(entries, ["real", "reconstructed", "drawn"], num_columns=2)
+    return draw_entries(entries, ["real", "reconstructed", "drawn"], num_columns=2)
 
 
 def draw_pairs(pairs: list) -> Image.Image:
@@ -130,37 +112,13 @@ def draw_pairs(pairs: list) -> Image.Image:
     for index in spread(len(pairs), NUM_PAIRS):
         pair = pairs[index]
         entries.append(([to_images([pair.drawn])[0], pair.nearest], f"{pair.distance:.3f}: {pair.caption}"))
-    return _draw_entries(entries, ["drawn", "nearest"], num_columns=2)
-
-
-def _draw_entries(entries: list[tuple[list, str]], heads: list[str], num_columns: int) -> Image.Image:
-    """Rows of pictures with words beside them, filled column by column."""
-    text_width, gap, head = 170, 4, 16
-    font = ImageFont.load_default(size=12)
-    height = -(-len(entries) // num_columns)
-    width = len(heads) * (CELL + gap) + text_width
-    canvas = Image.new("RGB", (num_columns * width, head + height * (CELL + gap)), "white")
-    pen = ImageDraw.Draw(canvas)
-    for column in range(-(-len(entries) // height)):
-        for place, word in enumerate(heads):
-            left = column * width + place * (CELL + gap)
-            pen.text((left + 1, 1), word, "black", ImageFont.load_default(size=9))
-    for index, (pictures, words) in enumerate(entries):
-        left, top = index // height * width, head + index % height * (CELL + gap)
-        for place, picture in enumerate(pictures):
-            resized = picture.convert("RGB").resize((CELL, CELL), Image.Resampling.BOX)
-            canvas.paste(resized, (left + place * (CELL + gap), top))
-        words = "\n".join(textwrap.wrap(words, 26)[:4])
-        pen.text((left + len(heads) * (CELL + gap) + 2, top + 2), words, "black", font)
-    return canvas
+    return draw_entries(entries, ["drawn", "nearest"], num_columns=2)
 
 
 def draw_curves(metrics: dict[str, Path], path: Path) -> None:
     """The losses and the validation figures of each stage, by update."""
-    figure_class, canvas_class = matplotlib.figure.Figure, matplotlib.backends.backend_agg.FigureCanvasAgg
     panels = [(stage, words, names) for stage in metrics for words, names in CURVES[stage].items()]
-    figure = figure_class(figsize=(3.6 * len(panels), 2.8), layout="constrained")
-    canvas_class(figure)
+    figure = matplotlib.figure.Figure(figsize=(3.6 * len(panels), 2.8), layout="constrained")
     for axes, (stage, words, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         rows = [json.loads(line) for line in metrics[stage].read_text(encoding="utf-8").splitlines()]
         for name in names:
@@ -176,11 +134,6 @@ def describe(report: dict) -> str:
     """The report's tables and pictures, in Markdown."""
     sections = [_describe_model(report), _describe_dvae(report), _describe_rows(report), _describe_copies(report)]
     return "\n\n".join(section for section in [*sections, _describe_runs(report)] if section) + "\n"
-
-
-def _table(head: list[str], rows: list[list]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def _interval(figure: dict, digits: int = 2) -> str:
@@ -207,7 +160,7 @@ def _describe_model(report: dict) -> str:
         samples += f"\n\nRows, seed {report['samples']['seed']}, as they came:\n\n" + "\n".join(rows_of)
     curve = _picture(report, "curve", "Losses and validation figures by update")
     return (
-        f"# {report['name']}, measured on {report['evaluated']}\n\n{_table(['', ''], rows)}\n\nDrawn with the"
+        f"# {report['name']}, measured on {report['evaluated']}\n\n{make_table(['', ''], rows)}\n\nDrawn with the"
         f" checkpoint's defaults: {settings}.{samples}{curve}"
     )
 
@@ -221,7 +174,7 @@ def _describe_dvae(report: dict) -> str:
     return (
         "## The dVAE\nPictures encoded and decoded: the mean PSNR of a split's pictures with its 95 % bootstrap"
         f" interval, and how many of the {vocab_size} codes are in use, in effect (which few pictures limit).\n\n"
-        + _table(["split", "pictures", "PSNR, dB", "perplexity of the codes"], rows)
+        + make_table(["split", "pictures", "PSNR, dB", "perplexity of the codes"], rows)
         + _picture(report, "reconstructions", "Pictures above, their reconstructions below")
     )
 
@@ -237,7 +190,7 @@ def _describe_rows(report: dict) -> str:
         text += (
             f"\n\n### {name}\n{measured['num_pictures']} pictures, {measured['num_concepts']} concepts to choose from,"
             f" seed {measured['seed']}. The prior's image loss: {measured['image_loss']:.3f} nats a token.\n\n"
-            + _table(["", "side", "recall@1", "recall@5", "style"], rows)
+            + make_table(["", "side", "recall@1", "recall@5", "style"], rows)
             + _picture(report, name, f"{name}: rows spread evenly over the split")
         )
     return text
@@ -255,7 +208,7 @@ def _describe_copies(report: dict) -> str:
     threshold = next(iter(measured.values()))["threshold"]
     return (
         f"## How much is copied\n{HOW_COPIES.format(threshold=threshold)}\n\n"
-        + _table(["captions of", "drawn pictures", "near-duplicates", "of real pictures"], rows)
+        + make_table(["captions of", "drawn pictures", "near-duplicates", "of real pictures"], rows)
         + _picture(report, "nearest", f"{shown}: drawn and nearest, from the nearest of all to the farthest")
     )
 
@@ -264,4 +217,4 @@ def _describe_runs(report: dict) -> str:
     if not report["runs"]:
         return ""
     rows = [[run["date"], f"`{run['checkpoint']}`", ", ".join(run["splits"])] for run in report["runs"]]
-    return "## Every run on a test split\n" + _table(["date", "checkpoint", "splits"], rows)
+    return "## Every run on a test split\n" + make_table(["date", "checkpoint", "splits"], rows)

@@ -1,6 +1,7 @@
 """Parquet shards that several processes make together: whose is which, and files that are whole or not there at all.
 
-What goes into a shard is the scripts': `download_images.py`, `filter_captions.py`, `precompute_image_tokens.py`.
+What goes into a shard is the scripts': `download_images.py`, `filter_captions.py`, `precompute_image_tokens.py`,
+`prepare_*.py`.
 A shard's settings are kept inside it, so that a run that goes on never mixes two recipes; the rows that it could not
 take are named in a file beside it.
 """
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -95,6 +97,12 @@ def written_beside(path: Path) -> Iterator[Path]:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def write_split(examples: list[dict], features: datasets.Features, path: Path) -> None:
+    """Writes a split of so few rows that they are all in memory; the file appears whole or not at all."""
+    with written_beside(path) as beside:
+        datasets.Dataset.from_list(examples, features=features).to_parquet(beside)
 
 
 def skipped_file(shard: Path) -> Path:

@@ -11,39 +11,23 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from arguments import DVAEArguments, TrainArguments, check_names
+from arguments import DVAEArguments
 from diffusers.utils import make_image_grid
 from initialize_dvae import initialize_from_data, revive_codes
+from loading import image_datasets
 from optimizers import exempt_from_decay
 from PIL import Image
+from settings_file import check_names
 
 from hf_dalle import DalleDVAE, DalleImageProcessor
 from hf_dalle.autoencoder_dalle_dvae import DalleDVAEDecoderOutput
-from hf_dalle.data import CaptionImageCollator, CaptionImageReader, RandomCrop, load_rows, read_in_order
+from hf_dalle.data import CaptionImageCollator, read_in_order
 from hf_dalle.losses import DVAELoss, dvae_loss, pixel_loss
 from hf_dalle.metrics import codes_used, perplexity, pixel_bits_per_dim, psnr
 from hf_dalle.optimization import cosine_anneal
-from hf_dalle.streams import open_dataset
 
 
 logger = get_logger(__name__)
-
-
-def image_datasets(
-    args: TrainArguments, image_processor: DalleImageProcessor, crop_range: tuple[float, float], **kwargs
-) -> tuple[CaptionImageReader, CaptionImageReader | None]:
-    """The training and the validation set that `args` name; `kwargs` go to both datasets."""
-    size = image_processor.size["height"]
-    augmentation = None
-    if args.resize_range is not None:
-        augmentation = RandomCrop(size, args.resize_range, args.crop_range or crop_range, args.do_random_flip)
-    columns = {"image_column": args.image_column, "image_processor": image_processor, "seed": args.seed, **kwargs}
-    rows = load_rows(args.train_data_dir, args.dataset_name, args.train_split, args.image_column, args.streaming)
-    train = open_dataset(rows, args.shuffle_buffer_size, augmentation=augmentation, **columns)
-    if args.validation_split is None:
-        return train, None
-    rows = load_rows(args.train_data_dir, args.dataset_name, args.validation_split, args.image_column, args.streaming)
-    return train, open_dataset(rows, is_training=False, **columns)
 
 
 class DVAEStage:

@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from arguments import PriorArguments, check_names
+from arguments import PriorArguments
 from diffusers.utils import make_image_grid
 from finetune_prior import add_adapter, find_start, load_prior, save_adapter
 from huggingface_hub.errors import StrictDataclassError
+from loading import image_datasets
 from optimizers import exempt_from_decay, split_matrices
 from PIL import Image
 from precompute_image_tokens import check_store
-from train_dvae import image_datasets, save_dvae
+from settings_file import check_names
+from train_dvae import save_dvae
 from transformers import AutoTokenizer
 
 from hf_dalle import DalleDVAE, DalleImageProcessor, DALLEPipeline, DallePriorConfig, DallePriorForCausalLM

@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather
-from arguments import RerankerArguments, check_names
+from arguments import RerankerArguments
 from diffusers.utils import make_image_grid
 from huggingface_hub.errors import StrictDataclassError
+from loading import image_datasets, read_column
 from optimizers import exempt_from_decay
 from PIL import Image
+from settings_file import check_names
 from tokenizers import processors
-from train_dvae import image_datasets
 from train_prior import load_part
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -75,8 +76,7 @@ class RerankerStage:
         rows = load_rows(args.train_data_dir, args.dataset_name, args.train_split, args.image_column)
         if name not in rows.column_names:
             raise ValueError(f"The training data has no column {name!r}; it has {sorted(rows.column_names)}.")
-        rows = rows.select_columns([name])
-        return rows[name][:] if hasattr(rows, "features") else [rows[index][name] for index in range(len(rows))]
+        return read_column(rows, name)
 
     def parameter_groups(self) -> list[dict]:
         """All parameters, by default decayed as CLIP's: matrices alone."""

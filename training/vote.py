@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from arguments import parse_arguments
 from evaluation.ballots import Ballots, load_key
 from evaluation.pictures import PictureStore, choose_rows, make_seed, pair_folder, write_whole
 from evaluation.settings import EvaluationArguments
 from evaluation.vote_counts import count_votes, describe, draw_chart
 from evaluation.votes import Study, VoteFile, read_votes
 from PIL import Image
+from settings_file import parse_settings
 
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def open_pairs(args: argparse.Namespace) -> PicturePairs:
         OSError, ValueError: if that is not there, or does not pair.
     """
     if len(args.source) == 1:
-        settings = parse_arguments(args.source, EvaluationArguments, "vote.py serve")
+        settings = parse_settings(args.source, EvaluationArguments, "vote.py serve")
         models = {model.name: model for model in settings.list_models()}
         names = args.models or list(models)
         if len(names) != 2 or len({*names} & {*models}) != 2:

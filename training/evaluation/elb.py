@@ -10,27 +10,25 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from report import spread
+from report_parts import make_table, spread
 
 from evaluation import pictures
+from evaluation.frame import Evaluation
+from evaluation.models import Model
 from hf_dalle import encode_captions
 from hf_dalle.evidence_lower_bound import EvidenceLowerBound, evidence_lower_bound, logit_errors
 from hf_dalle.metrics import bits_per_dim
 
 
-if TYPE_CHECKING:
-    from evaluation.run import Evaluation, Model
-
-
 USES_PICTURES = False
 PARTS = {
-    "picture": "E ln p(x given z)",
+    "picture": "E ln p(x|z)",
     "entropy": "H(q)",
-    "tokens": "E ln p(z given y)",
+    "tokens": "E ln p(z|y)",
     "text": "ln p(y)",
 }
 SHARD_SIZE = 16
@@ -73,7 +71,7 @@ class Settings:
                 raise ValueError(f"`betas` gives {beta!r} for {name}; expected a number from 0.")
 
 
-def check(evaluation: "Evaluation", settings: Settings) -> None:
+def check(evaluation: Evaluation, settings: Settings) -> None:
     """Refuses an evaluation in which no model has a bound, or whose fit is on what it measures."""
     reasons = {model.name: find_obstacle(model) for model in evaluation.models.values()}
     if all(reasons.values()):
@@ -90,7 +88,7 @@ def check(evaluation: "Evaluation", settings: Settings) -> None:
         choose_fit_rows(evaluation, settings)
 
 
-def find_obstacle(model: "Model") -> str | None:
+def find_obstacle(model: Model) -> str | None:
     """Why a model has no bound, in words; `None` if it has one."""
     if not model.is_drawn:
         return "a folder of pictures has no likelihood"
@@ -106,14 +104,14 @@ def choose_measured(rows: list[int], settings: Settings) -> list[int]:
     return [rows[place] for place in spread(len(rows), settings.max_rows or len(rows))]
 
 
-def choose_fit_rows(evaluation: "Evaluation", settings: Settings) -> pictures.Rows:
+def choose_fit_rows(evaluation: Evaluation, settings: Settings) -> pictures.Rows:
     """The pictures that a constant scale is fitted to."""
     changes = {"splits": [settings.fit_split], "num_captions": settings.num_fit_pictures, "captions": "first"}
     return evaluation.on_main_first(lambda: pictures.choose_rows(dataclasses.replace(evaluation.args, **changes)))
 
 
 @torch.no_grad()
-def measure(evaluation: "Evaluation", settings: Settings) -> dict:
+def measure(evaluation: Evaluation, settings: Settings) -> dict:
     """The figures of each model and split; all processes compute, the main one's value counts."""
     figures = {"settings": dataclasses.asdict(settings), "seed": evaluation.seed, "models": {}, "skipped": {}}
     rows = {split: choose_measured(evaluation.rows.of_split(split), settings) for split in evaluation.args.splits}
@@ -139,14 +137,14 @@ def measure(evaluation: "Evaluation", settings: Settings) -> dict:
 
 
 def compute_parts(
-    evaluation: "Evaluation", settings: Settings, model: "Model", log_b: float | None, rows: list[int]
+    evaluation: Evaluation, settings: Settings, model: Model, log_b: float | None, rows: list[int]
 ) -> tuple:
     """The parts of the bound for these rows, in the order of [`EvidenceLowerBound`]."""
     names = [item.name for item in dataclasses.fields(EvidenceLowerBound)][:-1]
     scale = {"log_b": log_b, "min_log_b": settings.min_log_b}
 
     def compute_shard(shard: list[int]) -> dict[str, np.ndarray]:
-        pipe = model.pipeline()
+        pipe = evaluation.load_pipeline(model)
         pixel_values = pipe.image_processor.preprocess([evaluation.rows.picture(row) for row in shard])["pixel_values"]
         captions = [evaluation.rows.captions[row] for row in shard]
         text = encode_captions(pipe.tokenizer, captions, pipe.prior.config.text_length)
@@ -166,12 +164,12 @@ def compute_parts(
     return (*(torch.from_numpy(arrays[name]) for name in names), int(arrays["num_dims"][0]))
 
 
-def fit_scale(evaluation: "Evaluation", settings: Settings, model: "Model") -> float:
+def fit_scale(evaluation: Evaluation, settings: Settings, model: Model) -> float:
     """The likeliest constant ln b of a model for the pictures of `fit_split`."""
     rows = choose_fit_rows(evaluation, settings)
 
     def compute_shard(shard: list[int]) -> dict[str, torch.Tensor]:
-        pipe = model.pipeline()
+        pipe = evaluation.load_pipeline(model)
         pixel_values = pipe.image_processor.preprocess([rows.picture(row) for row in shard])["pixel_values"]
         return {"errors": torch.cat([logit_errors(pipe.dvae, picture[None]) for picture in pixel_values])}
 
@@ -239,10 +237,11 @@ def describe(figures: dict) -> str:
         " tokens, whose entropy is 0; with nearest codes the two are one. Means over pictures in nats; after +- the"
         " standard error over pictures and, in brackets, that of having so many samples only.",
         "",
-        "| model | split | pictures | bound | E ln p(x\\|z) | H(q) | E ln p(z\\|y) | ln p(y) | argmax bound |"
-        " bits a dimension | given the caption |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-        *(_describe_row(name, summary) for name, summary in list_summaries(figures)),
+        make_table(
+            ["model", "split", "pictures", "bound", *PARTS.values()]
+            + ["argmax bound", "bits a dimension", "given the caption"],
+            [_describe_row(name, summary) for name, summary in list_summaries(figures)],
+        ),
         "",
         "Pixels count as continuous numbers in 0 ... 255, a density ln f(phi(x)) + ln((1 - 2 eps)/255) a channel: it"
         " is no length of a code, and may be above 0. Bits a dimension are -bound / (3 H W ln 2), of caption and"
@@ -276,17 +275,14 @@ def describe(figures: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _describe_row(name: str, summary: dict) -> str:
-    parts, error = summary["parts"], summary["picture_error"]
-    argmax_error = summary["argmax_picture_error"]
-    cells = [
+def _describe_row(name: str, summary: dict) -> list[str]:
+    return [
         *(name, summary["split"], str(summary["num_pictures"])),
-        f"{summary['bound']:,.1f}{_plus_minus(error)} ({summary['sample_error']:.2g})",
-        *(f"{parts[part]:,.1f}" for part in ("picture", "entropy", "tokens", "text")),
-        f"{summary['argmax_bound']:,.1f}{_plus_minus(argmax_error)}",
+        f"{summary['bound']:,.1f}{_plus_minus(summary['picture_error'])} ({summary['sample_error']:.2g})",
+        *(f"{summary['parts'][part]:,.1f}" for part in PARTS),
+        f"{summary['argmax_bound']:,.1f}{_plus_minus(summary['argmax_picture_error'])}",
         *(f"{summary[bits]:.3f}" for bits in ("bits_per_dim", "bits_per_dim_given_caption")),
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def _plus_minus(error: float | None) -> str:
@@ -303,7 +299,7 @@ def plot(figures: dict, folder: Path) -> dict[str, str]:
     from matplotlib.figure import Figure
 
     rows = list(list_summaries(figures))
-    panels = {**{part: words.replace(" given ", "|") for part, words in PARTS.items()}, "bound": "the sum, the bound"}
+    panels = {**PARTS, "bound": "the sum, the bound"}
     figure = Figure(figsize=(12, 1.3 + 0.4 * len(rows)), layout="constrained")
     all_axes = figure.subplots(1, len(panels), sharey=True)
     for axes, (part, words) in zip(all_axes, panels.items(), strict=True):

@@ -17,7 +17,7 @@ from judge import INPUT_SIDE, load_judge, name_judge
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
-from evaluation.run import Evaluation
+from evaluation.frame import Evaluation
 from hf_dalle.data import open_picture
 
 

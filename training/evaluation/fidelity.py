@@ -20,12 +20,11 @@ from evaluation.features import (
     list_real,
     load_network,
 )
-from evaluation.fidelity_figures import FIGURES, OF_FIGURE, measure_classes, measure_distances
+from evaluation.fidelity_figures import FIGURES, OF_FIGURE, FigureSettings, measure_classes, measure_distances
 from evaluation.fidelity_report import describe, list_results, plot  # noqa: F401, what a measurement has
-from evaluation.inspection import SHARD_SIZE as INSPECTED
-from evaluation.inspection import inspect_rows, inspect_store
+from evaluation.frame import Evaluation
+from evaluation.inspection import inspect_model, inspect_rows
 from evaluation.pictures import make_generator
-from evaluation.run import Evaluation
 from evaluation.settings import read_settings
 from hf_dalle.distribution_metrics import extrapolate_to_infinity, frechet_distance
 
@@ -35,7 +34,7 @@ GREY_DIFFERENCE = 0.05  # between the shares of grey pictures of two sets, that 
 
 
 @dataclass
-class Settings:
+class Settings(FigureSettings):
     """The settings of `fidelity`."""
 
     network: NetworkName = "efficientnet-lite0"
@@ -50,11 +49,6 @@ class Settings:
         default_factory=lambda: [0.0, 1.0, 2.0, 4.0, 8.0],
         metadata={"help": "Standard deviations of the blur, in pixels at that side."},
     )
-    num_neighbours: int = field(default=3, metadata={"help": "Of precision and recall."})
-    num_splits: int = field(default=10, metadata={"help": "Parts of the pictures that IS is the mean over."})
-    num_subsets: int = field(default=100, metadata={"help": "Random ones, that KD is the mean over."})
-    subset_size: int = field(default=1000, metadata={"help": "Pictures in one of them, at most."})
-    num_resamples: int = field(default=50, metadata={"help": "For intervals; 0: none."})
     num_sizes: int = field(default=6, metadata={"help": "Sample sizes that FD is extrapolated from; 0: it is not."})
     use_few_pictures: bool = field(
         default=False, metadata={"help": "FD of no more pictures than features, whose covariances are singular."}
@@ -64,15 +58,11 @@ class Settings:
     def __post_init__(self):
         if not self.radii or min(self.radii) < 0 or sorted(set(self.radii)) != self.radii:
             raise ValueError(f"`radii` is {self.radii}; expected different numbers from 0, in rising order.")
-        for name, lowest in (("num_neighbours", 1), ("num_splits", 1), ("num_subsets", 1), ("subset_size", 2)):
-            if getattr(self, name) < lowest:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; expected a number from {lowest}.")
-        if self.batch_size < 1 or self.num_resamples < 0 or (self.side is not None and self.side < 8):
-            raise ValueError("Expected `batch_size` from 1, `num_resamples` from 0, and `side` from 8, or none.")
+        super().__post_init__()
+        if self.batch_size < 1 or (self.side is not None and self.side < 8):
+            raise ValueError("Expected `batch_size` from 1, and `side` from 8, or none.")
         if self.num_sizes < 0 or self.num_sizes == 1:
             raise ValueError(f"`num_sizes` is {self.num_sizes}; expected 0, or a number from 2.")
-        if self.num_resamples == 1:
-            raise ValueError("`num_resamples` is 1; expected 0, or a number from 2.")
 
 
 # ------------------------------------------------------------------------------------------------------------ checks
@@ -116,17 +106,8 @@ def check_number(number: int, words: str, network: FeatureNetwork, settings: Set
 
 def check_sides(evaluation: Evaluation, settings: Settings, models: list[str]) -> None:
     """Refuses pictures of differing sides where no side is set; warns of what is odd between real and drawn ones."""
-    rows = evaluation.rows
-    found = {
-        "the real pictures": evaluation.compute(
-            "inspection", {"of": "rows"}, rows.references, inspect_rows(rows), INSPECTED, "real pictures: reading"
-        )
-    }
-    for name in models:
-        model = evaluation.models[name]
-        found[name] = evaluation.compute(
-            *("inspection", {"of": model.key}, range(len(rows)), inspect_store(model), INSPECTED, f"{name}: reading")
-        )
+    found = {"the real pictures": inspect_rows(evaluation)}
+    found |= {name: inspect_model(evaluation, evaluation.models[name]) for name in models}
     sides = {words: np.unique(np.stack([each["width"], each["height"]]), axis=1).T for words, each in found.items()}
     if settings.side is None and len(np.unique(np.concatenate([each.flatten() for each in sides.values()]))) > 1:
         shown = "; ".join(

@@ -6,7 +6,7 @@ Point figures of the distances and the score are torchmetrics'; precision, recal
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,17 +14,31 @@ import torch
 from hf_dalle.distribution_metrics import frechet_distance, inception_score, kernel_distance, precision_recall
 
 
-if TYPE_CHECKING:
-    from evaluation.fidelity import Settings
-
-
 FIGURES = ("fd", "kd", "is", "precision", "recall")
 OF_FIGURE = ("value", "low", "high", "bias", "std")  # std: over torchmetrics' subsets (kd) or parts (is)
 CONFIDENCE = 0.95
 
 
+@dataclass
+class FigureSettings:
+    """How figures of features are computed."""
+
+    num_neighbours: int = field(default=3, metadata={"help": "Of precision and recall."})
+    num_splits: int = field(default=10, metadata={"help": "Parts of the pictures that IS is the mean over."})
+    num_subsets: int = field(default=100, metadata={"help": "Random ones, that KD is the mean over."})
+    subset_size: int = field(default=1000, metadata={"help": "Pictures in one of them, at most."})
+    num_resamples: int = field(default=50, metadata={"help": "For intervals; 0: none."})
+
+    def __post_init__(self):
+        for name, lowest in (("num_neighbours", 1), ("num_splits", 1), ("num_subsets", 1), ("subset_size", 2)):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; expected a number from {lowest}.")
+        if self.num_resamples < 0 or self.num_resamples == 1:
+            raise ValueError(f"`num_resamples` is {self.num_resamples}; expected 0, or a number from 2.")
+
+
 def measure_distances(
-    real: np.ndarray, drawn: np.ndarray, settings: "Settings", generator: torch.Generator
+    real: np.ndarray, drawn: np.ndarray, settings: FigureSettings, generator: torch.Generator
 ) -> np.ndarray:
     """FD, KD, precision and recall, each as `OF_FIGURE`."""
     real, drawn = torch.from_numpy(real).double(), torch.from_numpy(drawn).double()
@@ -50,11 +64,11 @@ def measure_distances(
     for side, values in ((1, is_in), (0, is_covered)):
         values = values.double()
         resamples = [values[pick[side]].mean().item() for pick in picks]
-        shares.append(spread(values.mean().item(), resamples, is_biased=False))
-    return np.array([spread(fd, fds), spread(kd, kds, kd_std), *shares])
+        shares.append(find_interval(values.mean().item(), resamples, is_biased=False))
+    return np.array([find_interval(fd, fds), find_interval(kd, kds, kd_std), *shares])
 
 
-def measure_classes(logits: np.ndarray, settings: "Settings", generator: torch.Generator) -> np.ndarray:
+def measure_classes(logits: np.ndarray, settings: FigureSettings, generator: torch.Generator) -> np.ndarray:
     """IS as `OF_FIGURE`."""
     logits = torch.from_numpy(logits).double()
     value, std = torchmetrics_is(logits, settings, generator)
@@ -62,10 +76,12 @@ def measure_classes(logits: np.ndarray, settings: "Settings", generator: torch.G
     for _ in range(settings.num_resamples):
         rows = torch.randint(len(logits), (len(logits),), generator=generator)
         resamples.append(inception_score(logits[rows], settings.num_splits))
-    return np.array(spread(value, resamples, std))
+    return np.array(find_interval(value, resamples, std))
 
 
-def spread(value: float, resamples: list[float], std: float = float("nan"), is_biased: bool = True) -> list[float]:
+def find_interval(
+    value: float, resamples: list[float], std: float = float("nan"), is_biased: bool = True
+) -> list[float]:
     """
     A figure with its interval: the resamples' quantiles, of a biased figure moved by the difference of their mean from
     it, `bias`, since a resample repeats pictures, and so moves FD and IS as a smaller sample does.
@@ -114,7 +130,7 @@ def torchmetrics_fd(real: torch.Tensor, drawn: torch.Tensor) -> float:
 
 
 def torchmetrics_kd(
-    real: torch.Tensor, drawn: torch.Tensor, settings: "Settings", generator: torch.Generator
+    real: torch.Tensor, drawn: torch.Tensor, settings: FigureSettings, generator: torch.Generator
 ) -> tuple:
     """The mean kernel distance of random subsets, and the standard deviation over them."""
     from torchmetrics.image.kid import KernelInceptionDistance
@@ -129,7 +145,7 @@ def torchmetrics_kd(
     return mean.item(), std.item()
 
 
-def torchmetrics_is(logits: torch.Tensor, settings: "Settings", generator: torch.Generator) -> tuple[float, float]:
+def torchmetrics_is(logits: torch.Tensor, settings: FigureSettings, generator: torch.Generator) -> tuple[float, float]:
     """The mean Inception Score of the parts, and the standard deviation over them (`nan` of one part)."""
     from torchmetrics.image.inception import InceptionScore
 

@@ -5,13 +5,11 @@ Nothing is computed here. Solid lines are of all real pictures, dashed ones with
 
 from pathlib import Path
 
-import matplotlib.backends.backend_agg
 import matplotlib.figure
+from report_parts import make_table
 
-from evaluation.report import make_table
 
-
-CURVES_PNG, SIZES_PNG = "fidelity.png", "fidelity_sizes.png"
+CURVES_PNG, SIZES_PNG, DPI = "fidelity.png", "fidelity_sizes.png", 110
 DIGITS = {"fd": 2, "kd": 4, "is": 2, "precision": 3, "recall": 3}
 BETTER = {"fd": "lower", "kd": "lower", "is": "higher", "precision": "higher", "recall": "higher"}
 
@@ -118,7 +116,7 @@ def plot(figures: dict, folder: Path) -> dict[str, str]:
     for axis in axes[len(keys) :]:
         axis.axis("off")
     axes[-1].legend(lines.values(), lines.keys(), loc="center", frameon=False)
-    _save(figure, folder / CURVES_PNG)
+    figure.savefig(folder / CURVES_PNG, dpi=DPI)
     written = {"fidelity": CURVES_PNG}
     if figures["sizes"]:
         _plot_sizes(figures, folder / SIZES_PNG)
@@ -148,12 +146,7 @@ def _plot_sizes(figures: dict, path: Path) -> None:
     axis.set_xlim(left=0)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    _save(figure, path)
-
-
-def _save(figure: matplotlib.figure.Figure, path: Path) -> None:
-    matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=DPI)
 
 
 def list_results(figures: dict) -> list[dict]:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from evaluation.frame import Evaluation
 from evaluation.models import Model
-from evaluation.pictures import Rows
 from hf_dalle.data import open_picture
 
 
@@ -50,18 +50,28 @@ def _has_alpha(encoded: Any) -> bool:
     return source.convert("RGBA").getchannel("A").getextrema()[0] < 255
 
 
-def inspect_rows(rows: Rows) -> Callable[[list[int]], dict[str, np.ndarray]]:
-    """For `Evaluation.compute`: the rows' own pictures."""
-    return lambda indices: _stack([inspect_picture(rows.encoded(index)) for index in indices])
+def inspect_rows(evaluation: Evaluation) -> dict[str, np.ndarray]:
+    """What [`inspect_picture`] says of the rows' own pictures; stored. All processes must call it."""
+    rows = evaluation.rows
+    return _inspect(evaluation, {"of": "rows"}, rows.references, rows.encoded, "real pictures")
 
 
-def inspect_store(model: Model) -> Callable[[list[int]], dict[str, np.ndarray]]:
-    """For `Evaluation.compute`: a model's pictures."""
-    return lambda indices: _stack([inspect_picture(model.store.paths[index].read_bytes()) for index in indices])
+def inspect_model(evaluation: Evaluation, model: Model) -> dict[str, np.ndarray]:
+    """The same of a model's pictures."""
+    paths = model.store.paths
+    return _inspect(
+        evaluation, {"of": model.key}, range(len(paths)), lambda index: paths[index].read_bytes(), model.name
+    )
 
 
-def _stack(found: Sequence[dict[str, int]]) -> dict[str, np.ndarray]:
-    return {name: np.array([one[name] for one in found], dtype=np.int64) for name in found[0]}
+def _inspect(
+    evaluation: Evaluation, key: dict, rows: Sequence[int], read: Callable[[int], Any], whose: str
+) -> dict[str, np.ndarray]:
+    def inspect(indices: list[int]) -> dict[str, np.ndarray]:
+        found = [inspect_picture(read(index)) for index in indices]
+        return {name: np.array([one[name] for one in found], dtype=np.int64) for name in found[0]}
+
+    return evaluation.compute("inspection", key, rows, inspect, SHARD_SIZE, f"{whose}: reading")
 
 
 def sum_up(found: dict[str, np.ndarray], names: Sequence[str], whose: str) -> dict:

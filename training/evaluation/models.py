@@ -8,21 +8,18 @@ import inspect
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
 
 import diffusers
 import torch
-from arguments import check_names
 from describe_run import describe_model, describe_stage
 from diffusers import DiffusionPipeline
 from evaluation_log import digest_checkpoint
+from settings_file import check_names
 
+import hf_dalle  # noqa: F401, diffusers then knows DALLEPipeline
 from evaluation import pictures
-from evaluation.settings import ModelArguments
-
-
-if TYPE_CHECKING:
-    from evaluation.run import Evaluation
+from evaluation.processes import Processes
+from evaluation.settings import EvaluationArguments, ModelArguments
 
 
 NEEDED = ("prompt", "generator", "output_type")  # arguments of a pipeline that draws from captions
@@ -32,6 +29,11 @@ class Model:
     """
     One model of the comparison.
 
+    Args:
+        given ([`ModelArguments`]), args ([`EvaluationArguments`]): the model's settings, and those of all.
+        rows ([`Rows`]): with their fingerprint.
+        processes ([`Processes`]): all of which make it.
+
     Attributes:
         name (`str`), store ([`PictureStore`]): its picture of each row, there once all are drawn.
         is_drawn (`bool`): whether a pipeline draws the pictures; else they were there.
@@ -40,44 +42,45 @@ class Model:
         generation (`dict`): arguments of its drawing.
         fingerprint (`str`): of the pipeline's files or the folder's pictures.
         key (`dict`): what its pictures follow from, for `Evaluation.compute`.
+        notes (`list[str]`): what may mislead in a folder.
 
     Raises:
         OSError: if there is no such pipeline or folder.
         ValueError: if the pipeline does not draw from captions, or a row has no picture.
     """
 
-    def __init__(self, evaluation: "Evaluation", given: ModelArguments):
-        self.evaluation, self.given, self.name = evaluation, given, given.name
+    def __init__(self, given: ModelArguments, args: EvaluationArguments, rows: pictures.Rows, processes: Processes):
+        self.given, self.name, self.notes = given, given.name, []
         self.generation, self.is_drawn = given.generation, given.pipeline is not None
         self.class_name = None
-        (self._take_pipeline if self.is_drawn else self._take_folder)()
+        if self.is_drawn:
+            self._take_pipeline(args, rows, processes)
+        else:
+            self._take_folder(rows, processes)
 
-    def _take_pipeline(self) -> None:
-        evaluation = self.evaluation
-        self.folder = evaluation.on_main_first(lambda: find_pipeline(self.given.pipeline))
+    def _take_pipeline(self, args: EvaluationArguments, rows: pictures.Rows, processes: Processes) -> None:
+        self.folder = processes.on_main_first(lambda: find_pipeline(self.given.pipeline))
         self.class_name = check_pipeline(self.folder, self.generation)
-        self.fingerprint = evaluation.from_main(lambda: hash_files(list_parts(self.folder)))
+        self.fingerprint = processes.from_main(lambda: hash_files(list_parts(self.folder)))
         self.key = {
             "pipeline": self.fingerprint,
             "generation": self.generation,
             "dtype": self.given.dtype,
-            "seed": evaluation.seed,
-            "batch_size": evaluation.args.batch_size,
-            "rows": evaluation.rows.fingerprint,
+            "seed": args.seed,
+            "batch_size": args.batch_size,
+            "rows": rows.fingerprint,
         }
-        folder = evaluation.folder / "pictures" / self.name
-        self.store = evaluation.on_main_first(lambda: pictures.open_drawn(folder, evaluation.rows, self.key))
+        folder = Path(args.output_dir) / "pictures" / self.name
+        self.store = processes.on_main_first(lambda: pictures.open_drawn(folder, rows, self.key))
 
-    def _take_folder(self) -> None:
-        evaluation, self.folder = self.evaluation, Path(self.given.images)
-        self.store, notes = pictures.pair_folder(self.folder, evaluation.rows)
+    def _take_folder(self, rows: pictures.Rows, processes: Processes) -> None:
+        self.folder = Path(self.given.images)
+        self.store, self.notes = pictures.pair_folder(self.folder, rows)
         missing = self.store.missing()
         if missing:
             raise OSError(f"{self.folder} names {self.store.paths[missing[0]].name}, which is not there.")
-        for note in notes:
-            evaluation.warn(f"{self.name}: {note}")
-        self.fingerprint = evaluation.from_main(lambda: hash_files(self.store.paths))
-        self.key = {"images": self.fingerprint, "rows": evaluation.rows.fingerprint}
+        self.fingerprint = processes.from_main(lambda: hash_files(self.store.paths))
+        self.key = {"images": self.fingerprint, "rows": rows.fingerprint}
 
     @property
     def is_dalle(self) -> bool:
@@ -88,17 +91,13 @@ class Model:
         """By which the log of evaluations knows it: of a DALL-E's weights, else of all that it is made of."""
         return digest_checkpoint(self.folder) if self.is_dalle else self.fingerprint[:12]
 
-    def pipeline(self) -> DiffusionPipeline | None:
-        """The pipeline, silent, on this process's device; `None` for a folder. Only the last one asked for is kept."""
-        return self.evaluation.load_pipeline(self) if self.is_drawn else None
-
     def describe(self) -> dict:
         """What the report says of it."""
         source = self.given.pipeline or self.given.images
         source = Path(source).name if Path(source).is_absolute() else source
         described = {"kind": self.class_name or "pictures", "source": source, "fingerprint": self.fingerprint}
         if self.is_drawn:
-            described |= {"generation": self.generation, "dtype": self.given.dtype, "seed": self.evaluation.seed}
+            described |= {"generation": self.generation, "dtype": self.given.dtype, "seed": self.key["seed"]}
         if self.is_dalle:
             described["parts"] = describe_model(self.folder)
         stages = self.given.list_stages()
@@ -159,13 +158,6 @@ def hash_files(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
-            content = _hash(file)
+            content = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(f"{path.name} {content}\n".encode())
     return digest.hexdigest()[:32]
-
-
-def _hash(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()

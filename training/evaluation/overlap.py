@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from report_parts import make_table
 
 from evaluation.features import (
     FeatureNetwork,
@@ -25,9 +26,9 @@ from evaluation.features import (
     load_network,
     make_extract,
 )
+from evaluation.frame import Evaluation
 from evaluation.overlap_page import Pair, write_page
-from evaluation.report import make_table
-from evaluation.run import Evaluation
+from evaluation.pictures import digest_encoded
 from evaluation.stored import Shards
 from hf_dalle.data import load_rows
 from hf_dalle.distribution_metrics import find_nearest
@@ -162,9 +163,7 @@ def hash_pictures(rows: Any, column: str, number: int) -> str:
     for row in sorted(
         {place * number // NUM_HASHED for place in range(NUM_HASHED)} if number > NUM_HASHED else range(number)
     ):
-        image = rows[row][column]
-        image = (image.get("bytes") or Path(image["path"]).read_bytes()) if isinstance(image, dict) else image
-        digest.update(hashlib.sha256(image or b"").digest())
+        digest.update(digest_encoded(rows[row][column]))
     return digest.hexdigest()
 
 

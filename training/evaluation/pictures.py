@@ -7,12 +7,13 @@ that was killed and goes on, draw the same. What is measured of pictures lives i
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from loading import read_column
 from PIL import Image
 from reporting import save_whole
 
@@ -126,12 +127,6 @@ def _list_candidates(captions: list[list[str]], args: EvaluationArguments) -> li
     return [(row, int(rng.integers(len(captions[row])))) for row, rng in draws.items()]
 
 
-def read_column(rows: Any, name: str) -> list:
-    """A column of any kind of rows that `load_rows` gives."""
-    part = rows.select_columns([name])
-    return part[name][:] if hasattr(part, "features") else [part[row][name] for row in range(len(part))]
-
-
 def read_captions(rows: Any, column: str) -> list[list[str]]:
     """Of each row its captions, stripped, without empty ones and repetitions."""
     captions = []
@@ -164,11 +159,15 @@ def fingerprint_rows(rows: Rows, progress: Callable[..., Iterable] | None = None
     digest = hashlib.sha256(json.dumps([rows.ids, rows.captions, rows.references]).encode())
     indices = rows.references
     for index in progress(indices, "real pictures: fingerprint", unit="picture") if progress else indices:
-        image = rows.encoded(index)
-        if isinstance(image, dict):
-            image = image.get("bytes") or (image.get("path") and Path(image["path"]).read_bytes())
-        digest.update(hashlib.sha256(image or b"").digest())
+        digest.update(digest_encoded(rows.encoded(index)))
     return digest.hexdigest()
+
+
+def digest_encoded(image: Any) -> bytes:
+    """Of a picture's file, as the data holds it: bytes, or a dict of bytes or path; of none where there is none."""
+    if isinstance(image, dict):
+        image = image.get("bytes") or (image.get("path") and Path(image["path"]).read_bytes())
+    return hashlib.sha256(image or b"").digest()
 
 
 def make_seed(*parts: int | str) -> int:
@@ -370,13 +369,12 @@ def draw_pictures(
     return images
 
 
-def draw_missing(
-    store: PictureStore, batches: Iterable[list[int]], pipeline: Callable[[], Any], generation: dict, seed: int
-) -> Iterator[int]:
-    """Draws and writes batches, each picture whole or not at all; yields how many pictures were drawn."""
+def draw_batches(
+    store: PictureStore, batches: Iterable[list[int]], load: Callable[[], Any], generation: dict, seed: int
+) -> None:
+    """Draws and writes batches, each picture whole or not at all; `load` gives the pipeline where there are any."""
     for batch in batches:
         generators = [make_generator(seed, store.ids[index]) for index in batch]
-        images = draw_pictures(pipeline(), [store.captions[index] for index in batch], generators, generation)
+        images = draw_pictures(load(), [store.captions[index] for index in batch], generators, generation)
         for index, image in zip(batch, images, strict=True):
             save_whole(store.paths[index], image)
-        yield len(batch)

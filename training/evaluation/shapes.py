@@ -6,22 +6,24 @@ Needs rows of `prepare_shapes.py`, whose columns say what each caption means. Ho
 
 import hashlib
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import scenes
 import torch
+from loading import read_column
 from PIL import Image
 from prepare_shapes import FEATURES, read_scene, sample_any_scene
+from report_parts import make_table
 from scenes import Scene
 
 from evaluation import scene_checker
+from evaluation.frame import Evaluation
 from evaluation.models import Model
-from evaluation.pictures import make_seed, read_column
-from evaluation.report import make_table
-from evaluation.run import Evaluation
+from evaluation.pictures import make_seed
+from evaluation.report import is_held_out
 from evaluation.scene_checker import Found, Verdict, judge, read_picture
 from evaluation.stored import make_digest
 from hf_dalle.data import load_rows
@@ -75,8 +77,7 @@ def read_scenes(evaluation: Evaluation) -> list[Scene]:
     missing = [name for name in COLUMNS if not evaluation.rows.has_column(name)]
     if missing:
         raise ValueError(f"`shapes` needs the columns of prepare_shapes.py; the data lacks {', '.join(missing)}.")
-    columns = [evaluation.rows.column(name) for name in COLUMNS]
-    return [read_scene(dict(zip(COLUMNS, values, strict=True))) for values in zip(*columns, strict=True)]
+    return _join_scenes(evaluation.rows.column(name) for name in COLUMNS)
 
 
 def _read_training_scenes(evaluation: Evaluation, settings: Settings) -> list[Scene]:
@@ -85,7 +86,10 @@ def _read_training_scenes(evaluation: Evaluation, settings: Settings) -> list[Sc
     missing = [name for name in COLUMNS if name not in rows.column_names]
     if missing:
         raise ValueError(f"Split {settings.train_split!r} lacks {', '.join(missing)}, which prepare_shapes.py writes.")
-    columns = [read_column(rows, name) for name in COLUMNS]
+    return _join_scenes(read_column(rows, name) for name in COLUMNS)
+
+
+def _join_scenes(columns: Iterable[list]) -> list[Scene]:
     return [read_scene(dict(zip(COLUMNS, values, strict=True))) for values in zip(*columns, strict=True)]
 
 
@@ -155,7 +159,7 @@ def encode_verdicts(verdicts: list[Verdict]) -> np.ndarray:
 
 @torch.no_grad()
 def _reconstruct(evaluation: Evaluation, model: Model, rows: list[int]) -> list[Image.Image]:
-    pipe = model.pipeline()
+    pipe = evaluation.load_pipeline(model)
     pixels = pipe.image_processor([evaluation.rows.picture(row) for row in rows])["pixel_values"]
     sample = pipe.dvae.decode(pipe.dvae.encode(pixels.to(pipe.dvae.device, pipe.dvae.dtype)).tokens).sample
     return pipe.image_processor.postprocess(sample, output_type="pil")
@@ -313,6 +317,6 @@ def list_results(figures: dict) -> list[dict]:
         }
         for name, model in figures["models"].items()
         for split, kinds in model["drawn"].items()
-        if split == "validation" or split.startswith("test")
+        if is_held_out(split)
         for kind, found in kinds.items()
     ]

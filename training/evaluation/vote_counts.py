@@ -7,8 +7,8 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-import matplotlib.backends.backend_agg
 import matplotlib.figure
+from report_parts import make_table
 
 from evaluation.votes import ANSWERS, NEITHER, Study
 from hf_dalle.metrics import wilson_interval
@@ -144,6 +144,13 @@ def _describe_voters(of_row: dict[str, list[dict]]) -> list[dict]:
 def describe(figures: dict) -> str:
     """The counts in Markdown, with the chart as `votes.png`."""
     first, second = figures["models"]
+    questions = [figures["questions"][question] for question in WORDS]
+    rows = [
+        [answer, *(_cell(question["captions"].get(answer)) for question in questions)]
+        for answer in (first, second, NEITHER, NO_MAJORITY)
+    ]
+    for words, key in (("pairs of voters that agree", "pairs"), ("Fleiss' kappa", "fleiss_kappa")):
+        rows.append([words, *(_agreement(question, key) for question in questions)])
     lines = [
         f"# {figures['study']}: people's votes",
         "",
@@ -151,17 +158,12 @@ def describe(figures: dict) -> str:
         f" {figures['num_voters']} votes of different voters. The majority is the answer of more than half of them; in"
         " brackets 95 % intervals of the share of captions (Wilson), which say nothing of other voters.",
         "",
-        "| | " + " | ".join(WORDS.values()) + " |",
-        "| --- |" + " ---: |" * len(WORDS),
+        make_table(["", *WORDS.values()], rows),
+        "",
+        "![Captions won by majority](votes.png)",
+        "",
+        *_describe_rest(figures),
     ]
-    for answer in (first, second, NEITHER, NO_MAJORITY):
-        cells = [_cell(figures["questions"][question]["captions"].get(answer)) for question in WORDS]
-        lines.append(f"| {answer} | {' | '.join(cells)} |")
-    lines += [
-        f"| {words} | {' | '.join(_agreement(figures['questions'][question], key) for question in WORDS)} |"
-        for words, key in (("pairs of voters that agree", "pairs"), ("Fleiss' kappa", "fleiss_kappa"))
-    ]
-    lines += ["", "![Captions won by majority](votes.png)", "", *_describe_rest(figures)]
     return "\n".join(lines) + "\n"
 
 
@@ -177,11 +179,11 @@ def _describe_rest(figures: dict) -> list[str]:
         lines.append(f"Left out: the votes of {', '.join(figures['excluded'])}.")
     if figures.get("num_cut"):
         lines.append(f"{figures['num_cut']} lines of the file were cut by a crash and are no votes.")
-    lines += ["", "| voter | votes | seconds, median | agrees with others |", "| --- | ---: | ---: | ---: |"]
+    rows = []
     for voter in figures["voters"]:
         agreement = "" if voter["agreement"] is None else f"{100 * voter['agreement']:.0f} %"
-        lines.append(f"| {voter['voter']} | {voter['num_votes']} | {voter['median_seconds']:.1f} | {agreement} |")
-    return lines
+        rows.append([voter["voter"], voter["num_votes"], f"{voter['median_seconds']:.1f}", agreement])
+    return [*lines, "", make_table(["voter", "votes", "seconds, median", "agrees with others"], rows)]
 
 
 def _cell(share: dict | None) -> str:
@@ -207,7 +209,6 @@ def draw_chart(figures: dict) -> matplotlib.figure.Figure:
         ("neither, or no majority", [NEITHER, NO_MAJORITY], "lightgrey"),
     ]
     figure = matplotlib.figure.Figure(figsize=(7, 3.8), layout="constrained")
-    matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
     axes = figure.subplots()
     width = 0.2
     for place, (label, answers, colour) in enumerate(bars):
