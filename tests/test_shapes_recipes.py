@@ -55,7 +55,7 @@ def test_from_nothing_to_the_report(tmp_path):
     checkpoint = tmp_path / "shapes_prior"
     parts = ("prior", "dvae", "tokenizer", "image_processor")
     assert sum(path.stat().st_size for part in parts for path in (checkpoint / part).rglob("*")) < 7.7e6
-    assert DALLEPipeline.from_pretrained(checkpoint).prior.generation_config.guidance_scale == 2.0
+    assert DALLEPipeline.from_pretrained(checkpoint).prior.generation_config.guidance_scale == 1.75
 
     settings = {**read("eval_shapes"), "output_dir": str(tmp_path / "evaluation"), "data_dir": str(data)}
     settings["evaluation_log"] = str(tmp_path / "evaluations.jsonl")
