@@ -78,8 +78,9 @@ def take_evaluation(folder: Path, report: str, model: str, pictures: list[str] |
         pictures (`list[str]`, *optional*): keys of the report's pictures that the card shows.
 
     Returns:
-        `dict`: name, date, data and `results` of this model, `pictures` by words, and `report`, what else the
-        evaluation knows of the model: for a card that has no report of its own.
+        `dict`: name, date, data and `results` of this model, `pictures` by words, `figures` of each measurement, which
+        the facts may quote, and `report`, what else the evaluation knows of the model: for a card that has no report
+        of its own.
     """
     path = folder / report
     read = read_report(path)
@@ -87,6 +88,7 @@ def take_evaluation(folder: Path, report: str, model: str, pictures: list[str] |
         entry, data = read["models"][model], read["data"]
         shown = {key: (Path(report).parent / read["pictures"][key]).as_posix() for key in pictures or []}
         results = [result for result in read["results"] if result["model"] == model]
+        figures = {name: measured["figures"] for name, measured in read["measurements"].items()}
         head = {name: read[name] for name in ("name", "evaluated", "seed")}
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} has no {error} of an `evaluation: pictures` of the model {model!r}.") from error
@@ -96,6 +98,7 @@ def take_evaluation(folder: Path, report: str, model: str, pictures: list[str] |
         "data_set": {"id": data["data_set_id"], "name": data["data_set_name"] or head["name"]},
         "results": results,
         "pictures": shown,
+        "figures": figures,
         "report": {**about, **({"training": entry["training"]} if "training" in entry else {})},
     }
 

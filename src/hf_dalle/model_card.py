@@ -228,6 +228,11 @@ def _format_interval(figure: dict, digits: int) -> str:
     return f"{value} [{low}, {high}]"
 
 
+def _format_share_interval(figure: dict) -> str:
+    value, low, high = (f"{100 * figure[key]:.1f}" for key in ("value", "low", "high"))
+    return f"{value} % [{low}, {high}]"
+
+
 def _format_count(number: float | str) -> str:
     if isinstance(number, str) or number < 1e6:
         return number if isinstance(number, str) else f"{number:,}"
@@ -248,6 +253,7 @@ _FILTERS: dict[str, Callable[..., str]] = {
     "figure": lambda value, digits: f"{value:,.{digits}f}",
     "interval": _format_interval,
     "share": lambda value: f"{100 * value:.1f} %",
+    "share_interval": _format_share_interval,
     "count": _format_count,
     "megabytes": lambda size: f"{size / 1e6:.1f} MB",
     "duration": _format_duration,

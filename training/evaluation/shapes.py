@@ -230,7 +230,7 @@ def _draw_grid(evaluation: Evaluation, model: Model, verdicts: np.ndarray, num_s
 
     rows, is_right = evaluation.rows, (verdicts != 0).all(1)
     splits = evaluation.args.splits
-    figure = Figure(figsize=(1.35 * 2 * num_shown, 1.85 * len(splits)), dpi=110, layout="constrained")
+    figure = Figure(figsize=(1.35 * 2 * num_shown, 1.85 * len(splits)), dpi=80, layout="constrained")
     axes = figure.subplots(len(splits), 2 * num_shown, squeeze=False)
     for line, split in zip(axes, splits, strict=True):
         for axis in line:
