@@ -234,12 +234,11 @@ def test_the_same_seed_gives_the_same_files_and_another_others(folder, tmp_path)
     assert len(set(pictures)) == len(pictures)
 
 
-def test_what_cannot_be_made_is_refused(tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_made_is_refused(tmp_path):
     with pytest.raises(ValueError, match="below 32"):
         prepare_shapes.prepare(tmp_path, NUM_ROWS, size=16)
-    monkeypatch.setattr("sys.argv", ["prepare_shapes.py", "--num_test", "0", "--output_dir", str(tmp_path)])
-    with pytest.raises(SystemExit, match="at least 1 row, got none for validation, test_pairs, test_triples"):
-        prepare_shapes.main()
+    with pytest.raises(ValueError, match="at least 1 row, got none for validation, test_pairs, test_triples"):
+        prepare_shapes.main(["--num_test", "0", "--output_dir", str(tmp_path)])
 
 
 @pytest.mark.parametrize(

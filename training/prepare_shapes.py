@@ -251,21 +251,24 @@ side, and whatever the sizes.
 """
 
 
-def main() -> None:
-    """Reads the command line."""
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Draws scenes of coloured shapes with captions.")
     parser.add_argument("--output_dir", type=Path, default=Path("data/shapes"), help="where the parquet files go")
     parser.add_argument("--num_train", type=int, default=40_000, help="scenes to train on")
     parser.add_argument("--num_test", type=int, default=2_000, help="scenes of each of the other splits")
     parser.add_argument("--size", type=int, default=60, help="side of the pictures in pixels")
     parser.add_argument("--seed", type=int, default=0, help="of scenes, places and captions, not of what is held out")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    args = parse_arguments(argv)
     num_rows = {split: args.num_train if split == "train" else args.num_test for split in SPLITS}
-    try:
-        prepare(args.output_dir, num_rows, args.size, args.seed)
-    except (OSError, ValueError) as error:
-        sys.exit(f"prepare_shapes.py: {error}")
+    prepare(args.output_dir, num_rows, args.size, args.seed)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main(sys.argv[1:])
+    except (OSError, ValueError) as error:
+        sys.exit(f"prepare_shapes.py: {error}")
