@@ -94,11 +94,15 @@ def test_compiles_and_exports():
     assert "aten.linear" in str(program.graph) and "hf_dalle" not in str(program.graph)
 
 
-def test_a_second_copy_of_the_module_loads():
+def test_a_second_copy_of_the_module_loads_and_leaves_the_first_its_operator():
+    operator = torch.ops.hf_dalle.linear.default
     for _ in range(2):
         spec = importlib.util.spec_from_file_location("second_linear_dalle", linear_dalle.__file__)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     assert "second_linear_dalle" not in sys.modules
     compiled = torch.compile(module.linear, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(draw(2, 3), draw(4, 3)), F.linear(draw(2, 3), draw(4, 3)))
+    assert torch.ops.hf_dalle.linear.default is operator and operator._schema.name == "hf_dalle::linear"
+    compiled = torch.compile(linear_dalle.linear, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(draw(2, 3), draw(4, 3)), F.linear(draw(2, 3), draw(4, 3)))

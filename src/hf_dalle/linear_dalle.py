@@ -4,6 +4,8 @@ PyTorch sends float32 `F.linear` to MKL, which on processors of other makers tha
 memory's speed and multiplies at half the cores'. Weights, names and results (to rounding) are those of `nn.Linear`.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -73,15 +75,28 @@ def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-@torch.library.custom_op("hf_dalle::linear", mutates_args=())
-def _multiply_in_graph(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The product under a name of its own: the compiler takes oneDNN's for weights only that it has packed itself."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def _define_operator() -> Callable[..., torch.Tensor]:
+    """
+    The product under a name of its own: the compiler takes oneDNN's for weights only that it has packed itself.
+
+    A copy of this module, as of code that came with a model, takes the operator that is there: to define it again
+    would leave the first module with one that is gone.
+    """
+    if hasattr(torch.ops.hf_dalle, "linear"):
+        return torch.ops.hf_dalle.linear.default
+
+    @torch.library.custom_op("hf_dalle::linear", mutates_args=())
+    def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @multiply.register_fake
+    def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return x.new_empty(*x.shape[:-1], len(weight))
+
+    return multiply
 
 
-@_multiply_in_graph.register_fake
-def _shape_of_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], len(weight))
+_multiply_in_graph = _define_operator()
 
 
 class _OneDnnLinear(torch.autograd.Function):
