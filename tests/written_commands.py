@@ -91,6 +91,9 @@ def check_script(program: str, arguments: list[str]) -> None:
             }
             place, name = source[kind].rsplit(".", 1)
             settings.parse_settings(arguments, getattr(importlib.import_module(place), name), "evaluate.py")
+        elif program in ("training/draw_gallery.py", "training/dvae_study.py"):
+            kind = module.GalleryArguments if "gallery" in program else module.StudyArguments
+            settings.parse_settings(arguments, kind, module.__name__)
         elif hasattr(module, "parse") or hasattr(module, "parse_arguments"):
             run_parser(getattr(module, "parse", None) or module.parse_arguments, arguments)
         elif program == "training/train_tokenizer.py":  # reads its options, and then finds no captions
