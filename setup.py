@@ -26,7 +26,7 @@ extras = {
     "train": ["datasets>=5.2", "matplotlib>=3.9", "pyyaml>=6.0", "tensorboard>=2.18", "trackio>=0.43"],
     "quality": ["mypy>=2.4,<2.5", "ruff>=0.17,<0.18"],
 }
-test_tools = ["hypothesis>=6.100", "pytest>=8.0"]
+test_tools = ["hypothesis>=6.100", "pytest>=8.2"]
 extras["test"] = [
     *test_tools,
     *extras["data"],
