@@ -58,13 +58,13 @@ docs: $(VENV)/.installed-docs ## draw the pictures of docs/ and build its pages 
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
 
 quality: $(VENV)/.installed-dev ## check the lint, the format and the types
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 style: $(VENV)/.installed-dev ## repair the lint and the format
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
 
 clean: ## remove the environments and what tools left behind
 	rm -rf .venv .venv-parity .venv-browser .venv-lowest .venv-release .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist docs/_build src/*.egg-info
