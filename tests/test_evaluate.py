@@ -160,7 +160,7 @@ def test_pictures_are_written_and_small_enough(full):
     for name in files:
         with Image.open(folder / name) as picture:
             picture.load()
-        assert 0 < (folder / name).stat().st_size <= 400_000
+        assert 0 < (folder / name).stat().st_size <= 300_000
     with Image.open(folder / "samples.png") as samples:
         assert samples.size == (3 * 16, 2 * 16)
     text = (folder / "report.md").read_text()

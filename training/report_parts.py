@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 
-MAX_BYTES = 400_000  # of a PNG file; above it is written in fewer colours
+MAX_BYTES = 300_000  # of a PNG file; above it is written in fewer colours
 
 
 def make_table(head: list[str], rows: list[list]) -> str:
