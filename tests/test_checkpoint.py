@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from hf_dalle import DALLEPipeline, DallePriorConfig
+from hf_dalle.reranking import score_images
 
 
 FOLDER = Path(__file__).parents[1] / "checkpoints" / "emoji-mini"
@@ -27,7 +28,7 @@ def pipe():
 
 
 def test_sizes(pipe):
-    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 24e6
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 28e6
     assert 5e6 < sum(parameter.numel() for parameter in pipe.prior.parameters()) < 10e6
     assert pipe.dvae.config.sample_size == 96 and pipe.dvae.image_grid_size == 12
 
@@ -43,7 +44,7 @@ def test_the_preset_of_its_name_has_its_sizes(pipe):
 def test_it_loads_as_float32_by_either_class(pipe):
     plain = DiffusionPipeline.from_pretrained(FOLDER)
     assert type(plain) is DALLEPipeline
-    for part in (pipe.prior, pipe.dvae, plain.prior, plain.dvae):
+    for part in (pipe.prior, pipe.dvae, pipe.reranker, plain.prior, plain.dvae, plain.reranker):
         assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
 
 
@@ -64,6 +65,22 @@ def test_different_captions_draw_different_pictures(pipe):
         for other in CAPTIONS:
             if one < other:
                 assert (draw[one] != draw[other]).float().mean() > 0.3, (one, other)
+
+
+def test_the_reranker_tells_the_pictures_of_other_captions(pipe):
+    """Of sixteen pictures a caption's own four are found; by chance one of them would be."""
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4 * len(CAPTIONS))]
+    pictures = pipe(CAPTIONS, num_images_per_prompt=4, generator=generators).images
+    firsts = 0
+    for index, caption in enumerate(CAPTIONS):
+        scores = score_images(pipe.reranker, pipe.reranker_processor, caption, pictures)
+        firsts += sum(place // 4 == index for place in scores.argsort(descending=True)[:4].tolist())
+    assert firsts >= 10, firsts
+
+
+def test_the_best_candidates_come_first(pipe):
+    output = pipe(CAPTIONS[0], num_candidates=6, num_images_per_prompt=3, generator=torch.Generator().manual_seed(0))
+    assert len(output.images) == 3 and output.scores.tolist() == sorted(output.scores.tolist(), reverse=True)
 
 
 def test_colours_follow_the_caption(pipe):
