@@ -52,18 +52,19 @@ def test_from_nothing_to_the_report(tmp_path):
     places = {"train_data_dir": str(tokens), "dvae": str(tmp_path / "shapes_dvae"), "tokenizer": str(tokenizer)}
     few = {"validation_prompts": read("shapes_prior")["validation_prompts"][:1], "num_validation_images": 1}
     train("shapes_prior", tmp_path, **places, **few)
-    checkpoint = tmp_path / "shapes_prior"
+    train("shapes_prior_end", tmp_path, train_data_dir=str(tokens), init_from=str(tmp_path / "shapes_prior"), **few)
+    checkpoint = tmp_path / "shapes_prior_end"
     parts = ("prior", "dvae", "tokenizer", "image_processor")
     assert sum(path.stat().st_size for part in parts for path in (checkpoint / part).rglob("*")) < 7.7e6
-    assert DALLEPipeline.from_pretrained(checkpoint).prior.generation_config.guidance_scale == 1.75
+    assert DALLEPipeline.from_pretrained(checkpoint).prior.generation_config.guidance_scale == 1.25
 
     settings = {**read("eval_shapes"), "output_dir": str(tmp_path / "evaluation"), "data_dir": str(data)}
     settings["evaluation_log"] = str(tmp_path / "evaluations.jsonl")
     settings |= {"num_captions": 2, "batch_size": 2}
     (model,) = settings["models"]
-    config = {"dvae": str(CONFIGS / "shapes_dvae.yaml"), "prior": str(CONFIGS / "shapes_prior.yaml")}
+    names = {"dvae": "shapes_dvae", "prior": "shapes_prior_end"}
     model["training"] = {
-        stage: {"config": config[stage], "run": str(tmp_path / f"shapes_{stage}")} for stage in ("dvae", "prior")
+        stage: {"config": str(CONFIGS / f"{name}.yaml"), "run": str(tmp_path / name)} for stage, name in names.items()
     }
     model["pipeline"] = str(checkpoint)
     evaluate.main([str(write_config(settings))])
