@@ -53,7 +53,9 @@ MAX_FUNCTION_LINES = 60  # without the signature and the docstring
 
 
 def list_sources(*rooms):
-    return [path for room in rooms for path in sorted((ROOT / room).rglob("*.py"))]
+    """The files of these folders; what `make docs` copies into its pages is no source."""
+    files = [path for room in rooms for path in sorted((ROOT / room).rglob("*.py"))]
+    return [path for path in files if ROOT / "docs" / "_build" not in path.parents]
 
 
 SOURCES = list_sources("src", *SCRIPT_ROOMS)

@@ -143,7 +143,7 @@ def test_no_figure_is_written_by_hand():
             "evaluations",
         ):
             facts.pop(key, None)
-        words = re.sub(r"\{\{.*?\}\}|\b3d\b|\b3D\b", "", json.dumps(facts))
+        words = re.sub(r"\{%.*?%\}|\{\{.*?\}\}|\b3d\b|\b3D\b", "", json.dumps(facts))
         assert re.findall(r".{0,30}\d.{0,30}", words) == [], path
 
 
