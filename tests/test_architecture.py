@@ -19,7 +19,7 @@ PACKAGE = ROOT / "src" / "hf_dalle"
 FLOORS = [
     {
         *("decode_attention", "image_attention", "bordered_attention", "linear_dalle", "logit_laplace"),
-        *("row_order", "tar_shards", "web_door"),
+        *("row_order", "tar_shards", "web_door", "image_tower"),
     },
     {"configuration_dalle_prior"},
     {"configuration_family_prior"},

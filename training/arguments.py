@@ -258,6 +258,10 @@ class RerankerArguments(TrainArguments):
     reconstruction_share: float = field(
         default=0.5, metadata={"help": "With `dvae`: of the training pictures so many pass through it."}
     )
+    distortion: float = field(
+        default=0.0,
+        metadata={"help": "How far training pictures are turned, stretched, moved, recoloured, covered; 1 is far."},
+    )
     negatives_column: str | None = field(
         default=None, metadata={"help": "Rows equal here are no negatives of each other; none: those of one caption."}
     )
@@ -302,7 +306,7 @@ _RANGES = [
             *("learning_rate", "muon_learning_rate", "lr_warmup_steps", "adam_weight_decay", "seed"),
             "dataloader_num_workers",
             *("temperature_anneal_steps", "kl_weight", "kl_weight_warmup_steps", "encoder_lr_ratio"),
-            *("pixel_l1_weight", "pixel_l2_weight", "power_sgd_rank"),
+            *("pixel_l1_weight", "pixel_l2_weight", "power_sgd_rank", "distortion"),
         ),
     ),
     (

@@ -14,8 +14,8 @@ import torch
 from arguments import DVAEArguments, PriorArguments, RerankerArguments, TrainArguments
 from finetune_prior import add_adapter
 from optimizers import make_gradient_scaler, make_optimizers, split_matrices
-from train_reranker import make_config
-from transformers import AutoTokenizer, CLIPModel
+from train_reranker import make_config, make_model
+from transformers import AutoTokenizer
 
 from hf_dalle import DalleDVAE, DallePriorConfig, DallePriorForCausalLM
 from hf_dalle.data import load_rows
@@ -182,7 +182,7 @@ def _trace_reranker(args: RerankerArguments) -> Traced:
     config = make_config(args.model, AutoTokenizer.from_pretrained(args.tokenizer), image_size)
     size, text_length = config.vision_config.image_size, config.text_config.max_position_embeddings
     with without_values():
-        model = CLIPModel(config).train()
+        model = make_model(config).train()
         pixels = torch.rand(args.train_batch_size, 3, size, size)
         ids = torch.full((args.train_batch_size, text_length), config.text_config.eos_token_id)
 
@@ -193,7 +193,8 @@ def _trace_reranker(args: RerankerArguments) -> Traced:
                 output.image_embeds.float(), output.text_embeds.float(), model.logit_scale.exp(), groups
             )
 
-        layers = [*model.vision_model.encoder.layers, *model.text_model.encoder.layers]
+        towers = model.vision_model.encoder, model.text_model.encoder
+        layers = [layer for tower in towers for layer in (tower.layers if hasattr(tower, "layers") else tower.stages)]
         activations, frozen = _count(args, model, layers, compute_loss), {}
         with torch.no_grad():
             flops = 3 * trace_flops(lambda: model(pixel_values=pixels[:1], input_ids=ids[:1]))

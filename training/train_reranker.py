@@ -1,8 +1,8 @@
 """Stage `reranker`: a small CLIP from scratch that tells which of many pictures fits a caption (paper, section 2.6).
 
 Symmetric contrast over the pictures of all processes, real ones and the dVAE's reconstructions, since what is ranked
-comes out of the dVAE. The model is transformers' `CLIPModel`, the loss `hf_dalle.losses`; the loop that drives this
-lives in `loop.py`, what puts the model into a pipeline in `add_reranker.py`.
+comes out of the dVAE. The model is transformers' `CLIPModel`, or its text side beside a ResNet; the loss is
+`hf_dalle.losses`'s, the loop that drives this `loop.py`'s; `add_reranker.py` puts the model into a pipeline.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather
 from arguments import RerankerArguments
+from augmentation import distort
 from diffusers.utils import make_image_grid
 from huggingface_hub.errors import StrictDataclassError
 from loading import image_datasets, read_column
@@ -24,10 +25,21 @@ from PIL import Image
 from settings_file import check_names
 from tokenizers import processors
 from train_prior import load_part
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    PreTrainedTokenizerFast,
+    ResNetConfig,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from hf_dalle import DalleDVAE, DalleImageProcessor
+from hf_dalle import DalleDVAE, DalleImageProcessor, DalleImageTowerConfig
 from hf_dalle.data import CaptionImageCollator, load_rows, read_in_order
 from hf_dalle.losses import contrastive_loss
 
@@ -37,6 +49,12 @@ MAX_LOGIT_SCALE = math.log(100)  # CLIP's
 MEAN = STD = 0.5  # of pixels in [0, 1], as the processor takes them off
 MAX_RIVALS = 10_000  # training captions that validation pictures have to tell from their own
 NUM_FOUND = 5
+Reranker = CLIPModel | VisionTextDualEncoderModel
+# by `model_type`, what `vision_config` may name
+IMAGE_SIDES = {
+    CLIPVisionConfig.model_type: ["model_type", *CLIPVisionConfig.__annotations__],
+    DalleImageTowerConfig.model_type: ["model_type", *ResNetConfig.__annotations__, "image_size"],
+}
 
 
 class RerankerStage:
@@ -50,7 +68,7 @@ class RerankerStage:
         tokenizer = load_part("tokenizer", AutoTokenizer, args.tokenizer)
         config = make_config(args.model, tokenizer, self.dvae.config.sample_size if self.dvae is not None else None)
         self.processor = make_processor(tokenizer, config.vision_config.image_size)
-        self.model = CLIPModel(config)
+        self.model = make_model(config)
         self.image_processor = DalleImageProcessor(size=config.vision_config.image_size)
         columns = {"caption_column": args.caption_column, "caption_word_dropout": args.caption_word_dropout}
         self.train_dataset, self.validation_dataset = image_datasets(
@@ -88,7 +106,10 @@ class RerankerStage:
     def compute_loss(self, model: torch.nn.Module, batch: dict, step: int) -> tuple[torch.Tensor, dict[str, Any]]:
         with torch.no_grad():
             self.model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-        pixel_values = self._reconstruct_some(batch["pixel_values"])
+        pixel_values = batch["pixel_values"]
+        if self.args.distortion:
+            pixel_values = distort(pixel_values, self.args.distortion)
+        pixel_values = self._reconstruct_some(pixel_values)
         text = {name: batch[name] for name in ("input_ids", "attention_mask")}
         output = model(pixel_values=(pixel_values - MEAN) / STD, **text)
         scale = self.model.logit_scale.exp()
@@ -113,7 +134,7 @@ class RerankerStage:
 
     # ------------------------------------------------------------------------------------------------------ validation
 
-    def validate(self, model: CLIPModel) -> tuple[dict[str, float], dict[str, Image.Image]]:
+    def validate(self, model: Reranker) -> tuple[dict[str, float], dict[str, Image.Image]]:
         """
         Whether validation pictures and captions find each other.
 
@@ -161,26 +182,36 @@ class RerankerStage:
         pictures = self.image_processor.postprocess(pixels[rows.flatten()])
         return make_image_grid(pictures, rows=num_rows, cols=1 + num_found)
 
-    def save(self, model: CLIPModel, folder: Path) -> None:
-        """Writes a folder for [`CLIPModel.from_pretrained`] and for `AutoProcessor`."""
+    def save(self, model: Reranker, folder: Path) -> None:
+        """Writes a folder for `AutoModel` and `AutoProcessor`."""
         dtype = getattr(torch, self.args.weights_dtype)
+        weights = {
+            name: value.to(dtype) if value.is_floating_point() else value for name, value in model.state_dict().items()
+        }
         # Transformers loads weights as its config's dtype: that stays float32, where the file may hold halves.
-        model.save_pretrained(folder, state_dict={name: value.to(dtype) for name, value in model.state_dict().items()})
+        model.save_pretrained(folder, state_dict=weights)
         self.processor.save_pretrained(folder)
 
 
 # ----------------------------------------------------------------------------------------------------------- the parts
 
 
-def make_config(sizes: dict, tokenizer: PreTrainedTokenizerFast, image_size: int | None) -> CLIPConfig:
+def make_config(
+    sizes: dict, tokenizer: PreTrainedTokenizerFast, image_size: int | None
+) -> CLIPConfig | VisionTextDualEncoderConfig:
     """
-    The model's sizes from the YAML; what the tokenizer and the dVAE fix, from them.
+    The model's sizes from the YAML; what the tokenizer and the dVAE fix, from them. A `model_type` in `vision_config`
+    chooses the image side, by default CLIP's own.
 
     Raises:
         ValueError: for a name or value that does not fit.
     """
     parts = {name: dict(sizes.get(name, {})) for name in CLIPConfig.sub_configs}
-    check_names(sizes, ["projection_dim", "logit_scale_init_value", *parts], "`model`")
+    check_names(sizes, ["projection_dim", "logit_scale_init_value", "attn_implementation", *parts], "`model`")
+    kind = parts["vision_config"].get("model_type", CLIPVisionConfig.model_type)
+    if kind not in IMAGE_SIDES:
+        raise ValueError(f"`model_type` of `vision_config` is {kind!r}; expected one of {', '.join(IMAGE_SIDES)}.")
+    names = {"text_config": [*CLIPTextConfig.__annotations__], "vision_config": IMAGE_SIDES[kind]}
     fixed = {
         "text_config": {
             "vocab_size": len(tokenizer) + 1,
@@ -192,14 +223,22 @@ def make_config(sizes: dict, tokenizer: PreTrainedTokenizerFast, image_size: int
         "vision_config": {"image_size": image_size} if image_size is not None else {},
     }
     for name, part in parts.items():
-        check_names(part, list(CLIPConfig.sub_configs[name].__annotations__), f"`{name}` of `model`")
+        check_names(part, names[name], f"`{name}` of `model`")
         for key, value in fixed[name].items():
             if part.setdefault(key, value) != value:
                 raise ValueError(f"`model` asks for {key} {part[key]}, but tokenizer and dVAE give {value}: leave it.")
     try:
-        return CLIPConfig(**{**sizes, **parts})
+        if kind == CLIPVisionConfig.model_type:
+            return CLIPConfig(**{**sizes, **parts})
+        parts["text_config"]["model_type"] = CLIPTextConfig.model_type
+        return VisionTextDualEncoderConfig(**{**sizes, **parts})
     except StrictDataclassError as error:
         raise ValueError(f"A value in `model` does not fit: {error}") from error
+
+
+def make_model(config: CLIPConfig | VisionTextDualEncoderConfig) -> Reranker:
+    """With random weights, whichever of the two the configuration is of."""
+    return CLIPModel(config) if isinstance(config, CLIPConfig) else VisionTextDualEncoderModel(config)
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast, image_size: int) -> CLIPProcessor:
@@ -270,14 +309,14 @@ def gather_features(features: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def encode_images(model: CLIPModel, pixel_values: torch.Tensor) -> torch.Tensor:
+def encode_images(model: Reranker, pixel_values: torch.Tensor) -> torch.Tensor:
     """B x 3 x H x W in [0, 1] to features of norm 1, B x D, float32, on the CPU."""
     features = model.get_image_features(pixel_values=(pixel_values - MEAN) / STD).pooler_output
     return F.normalize(features.float(), dim=1).cpu()
 
 
 @torch.no_grad()
-def encode_texts(model: CLIPModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def encode_texts(model: Reranker, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """`input_ids` and `attention_mask` to features of norm 1, B x D, float32, on the CPU."""
     text = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
     return F.normalize(model.get_text_features(**text).pooler_output.float(), dim=1).cpu()

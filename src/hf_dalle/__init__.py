@@ -10,6 +10,7 @@ from .configuration_dalle_prior import DallePriorConfig
 from .configuration_family_prior import DalleFamilyPriorConfig
 from .hub import register_classes
 from .image_processing_dalle import DalleImageProcessor
+from .image_tower import DalleImageTower, DalleImageTowerConfig
 from .modeling_dalle_prior import DallePriorForCausalLM, DallePriorModel
 from .modeling_family_prior import DalleFamilyPriorForCausalLM, DalleFamilyPriorModel
 from .pipeline_dalle import DALLEPipeline, DALLEPipelineOutput
@@ -28,6 +29,8 @@ __all__ = [
     "DalleFamilyPriorForCausalLM",
     "DalleFamilyPriorModel",
     "DalleImageProcessor",
+    "DalleImageTower",
+    "DalleImageTowerConfig",
     "DallePriorConfig",
     "DallePriorForCausalLM",
     "DallePriorModel",

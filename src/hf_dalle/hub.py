@@ -12,6 +12,7 @@ from transformers.utils import logging
 from .configuration_dalle_prior import DallePriorConfig
 from .configuration_family_prior import DalleFamilyPriorConfig
 from .image_processing_dalle import DalleImageProcessor
+from .image_tower import DalleImageTower, DalleImageTowerConfig
 from .modeling_dalle_prior import DallePriorForCausalLM, DallePriorModel
 from .modeling_family_prior import DalleFamilyPriorForCausalLM, DalleFamilyPriorModel
 from .pipeline_dalle import DALLEPipeline
@@ -32,6 +33,8 @@ def register_classes() -> None:
     AutoConfig.register(DalleFamilyPriorConfig.model_type, DalleFamilyPriorConfig, exist_ok=True)
     AutoModel.register(DalleFamilyPriorConfig, DalleFamilyPriorModel, exist_ok=True)
     AutoModelForCausalLM.register(DalleFamilyPriorConfig, DalleFamilyPriorForCausalLM, exist_ok=True)
+    AutoConfig.register(DalleImageTowerConfig.model_type, DalleImageTowerConfig, exist_ok=True)
+    AutoModel.register(DalleImageTowerConfig, DalleImageTower, exist_ok=True)
     AutoImageProcessor.register(DallePriorConfig, image_processor_classes={"pil": DalleImageProcessor}, exist_ok=True)
     AutoProcessor.register(DallePriorConfig, DalleProcessor, exist_ok=True)
     _register_with_diffusers()
