@@ -32,15 +32,17 @@ from tiny_training import (
     write_parquet,
 )
 from train_reranker import RerankerCollator, RerankerStage, group_values, make_processor, rank_own, tokenize
-from transformers import AutoModel, AutoProcessor, CLIPModel, CLIPProcessor
+from transformers import AutoModel, AutoProcessor, CLIPModel, CLIPProcessor, VisionTextDualEncoderModel
 
-from hf_dalle import DALLEPipeline
+from hf_dalle import DalleImageTower, DALLEPipeline
 from hf_dalle.losses import contrastive_loss
 from hf_dalle.reranking import score_images
 
 
 PART = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES = {"projection_dim": 16, "text_config": PART, "vision_config": {**PART, "patch_size": 4}}
+TOWER = {"model_type": "hf_dalle_image_tower", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+TOWER_SIZES = {**SIZES, "vision_config": {**TOWER, "layer_type": "basic"}, "attn_implementation": "eager"}
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +161,39 @@ def test_a_reranker_that_cannot_be_loaded_leaves_the_pipeline_as_it_was(trained,
     assert read_all() == before and not list((tmp_path / "pipe").rglob("*.new"))
 
 
-def test_a_run_that_is_killed_goes_on_bit_for_bit(home, tmp_path):
+def test_a_resnet_learns_and_goes_into_a_pipeline(home, tmp_path):
+    settings = {"model": {**TOWER_SIZES, "vision_config": {**TOWER_SIZES["vision_config"], "image_size": 16}}}
+    folder = tmp_path / "trained"
+    run(
+        reranker_settings(
+            home, folder, **{**settings, **VALIDATION, "max_train_steps": 120, "weights_dtype": "float16"}
+        )
+    )
+    log = read_log(folder)
+    assert losses(log)[120] < losses(log)[5] / 2 and losses(log, "validation_recall@1")[120] > 0.5
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    assert type(model) is VisionTextDualEncoderModel and type(model.vision_model) is DalleImageTower
+    stored = load_file(folder / "model.safetensors")
+    assert {str(value.dtype) for value in stored.values()} == {"torch.float16", "torch.int64"}  # batches counted
+    assert all(torch.equal(value, stored[name].to(value.dtype)) for name, value in model.state_dict().items())
+    rows = list_rows()
+    own = [score_images(model, processor, row["captions"][0], [other["image"] for other in rows]) for row in rows]
+    assert np.mean([(scores >= scores[index]).sum() == 1 for index, scores in enumerate(own)]) > 0.5
+    build_pipeline().save_pretrained(tmp_path / "pipe")
+    add_reranker(folder, tmp_path / "pipe")
+    pipe = DALLEPipeline.from_pretrained(tmp_path / "pipe")
+    pipe.set_progress_bar_config(disable=True)
+    output = pipe(
+        "red and blue", num_candidates=4, num_images_per_prompt=2, generator=torch.Generator().manual_seed(1)
+    )
+    expected = score_images(model, processor, "red and blue", output.images)
+    torch.testing.assert_close(output.scores.flatten(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [SIZES, TOWER_SIZES], ids=["clip", "resnet"])
+def test_a_run_that_is_killed_goes_on_bit_for_bit(home, tmp_path, sizes):
     settings = {"checkpointing_steps": 5, "max_train_steps": 20, "caption_word_dropout": 0.5, "train_batch_size": 8}
-    settings |= {"dvae": str(home / "dvae"), "resize_range": [1.0, 1.0], "model": SIZES}
+    settings |= {"dvae": str(home / "dvae"), "resize_range": [1.0, 1.0], "model": sizes, "distortion": 1.0}
     whole = reranker_settings(home, tmp_path / "whole", **settings)
     killed = reranker_settings(home, tmp_path / "killed", **settings)
     process = fork_run(killed)
@@ -304,6 +336,16 @@ def test_a_share_of_the_pictures_is_reconstructed(home):
         ({"model": {**SIZES, "text_config": {"hiden_size": 8}}}, "`text_config` of `model` has an unknown key"),
         ({"model": {**SIZES, "text_config": {**PART, "vocab_size": 9}}}, "`model` asks for vocab_size 9"),
         ({"model": {**SIZES, "text_config": {**PART, "hidden_size": 7}}}, "A value in `model` does not fit"),
+        (
+            {"model": {**SIZES, "vision_config": {"model_type": "resnet"}}},
+            "is 'resnet'; expected one of clip_vision_m",
+        ),
+        (
+            {"model": {**SIZES, "vision_config": {**TOWER, "patch_size": 4}}},
+            "`vision_config` of `model` has an unknown key `patch_size`",
+        ),
+        ({"model": {**SIZES, "vision_config": {**TOWER, "depths": "deep"}}}, "A value in `model` does not fit"),
+        ({"distortion": -0.5}, "`distortion` is -0.5; expected a number from 0"),
         ({"reconstruction_share": 1.5}, "`reconstruction_share` is 1.5; expected a number in"),
         ({"negatives_column": "style"}, "no column 'style'"),
         ({"negatives_column": "style", "streaming": True}, "needs rows by number"),
@@ -315,8 +357,9 @@ def test_what_is_wrong_is_named_before_any_work(home, tmp_path, changes, words):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_dry_run_counts_its_parts(home):
-    settings = reranker_settings(home, "nowhere", dvae=str(home / "dvae"), model=SIZES, train_batch_size=4)
+@pytest.mark.parametrize("sizes", [SIZES, TOWER_SIZES], ids=["clip", "resnet"])
+def test_the_dry_run_counts_its_parts(home, sizes):
+    settings = reranker_settings(home, "nowhere", dvae=str(home / "dvae"), model=sizes, train_batch_size=4)
     args = RerankerArguments(**{name: value for name, value in settings.items() if name != "stage"})
     plan, stage = estimate(args, Machines()), RerankerStage(args)
     num_parameters = stage.model.num_parameters()

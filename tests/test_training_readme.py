@@ -57,7 +57,7 @@ def test_every_setting_is_one():
     named = set(re.findall(r"`(\w+): [^`]+`", TEXT)) | set(re.findall(r"`(\w+_\w+)`", TEXT))
     figures = {name for name in named if name.startswith(("validation_", "train_perp", "_"))}
     figures |= {"pictures_per_second", "skipped_rows", "skipped_updates", "image_loss", "img2dataset"}
-    model = {"quantizer", "guidance_scale", "from_pretrained", "reranker_processor"}
+    model = {"quantizer", "guidance_scale", "from_pretrained", "reranker_processor", "vision_config", "model_type"}
     assert named - figures - model <= known, sorted(named - figures - model - known)
 
 

@@ -7,7 +7,14 @@ import torch
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from hf_dalle import DalleDVAE, DalleImageProcessor, DALLEPipeline, DallePriorConfig, DallePriorForCausalLM
+from hf_dalle import (
+    DalleDVAE,
+    DalleImageProcessor,
+    DalleImageTowerConfig,
+    DALLEPipeline,
+    DallePriorConfig,
+    DallePriorForCausalLM,
+)
 from hf_dalle.image_attention import ATTENTION_TYPES
 from hf_dalle.tokenization_dalle import train_tokenizer
 
@@ -72,6 +79,13 @@ def build_pipeline(seed: int = 0, caption_dropout: float = 0.1, **components) ->
     pipeline = DALLEPipeline(**parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def build_tower_config() -> DalleImageTowerConfig:
+    """A ResNet of two stages for pictures of 16 x 16."""
+    return DalleImageTowerConfig(
+        embedding_size=4, hidden_sizes=[4, 8], depths=[1, 2], layer_type="basic", image_size=16
+    )
 
 
 def build_reranker(seed: int = 0) -> dict[str, CLIPModel | CLIPProcessor]:

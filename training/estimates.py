@@ -26,6 +26,7 @@ from hf_dalle.training_cost import (
     all_reduce_bytes,
     count_activations,
     count_flops,
+    count_saved_bytes,
     optimizer_bytes,
     prior_loss_without_values,
     shard_bytes,
@@ -105,9 +106,9 @@ def _count(args: TrainArguments, model: torch.nn.Module, layers: list, compute_l
         with torch.autocast("cpu", torch.bfloat16, enabled=args.mixed_precision == "bf16"):
             return compute_loss()
 
-    num_bytes = count_activations(model, layers, forward)
-    is_checkpointed = getattr(args, "gradient_checkpointing", False)
-    return num_bytes["activations, checkpointing" if is_checkpointed else "activations"]
+    if getattr(args, "gradient_checkpointing", False):
+        return count_activations(model, layers, forward)["activations, checkpointing"]
+    return count_saved_bytes(model, layers, forward)[0]
 
 
 def _trace_dvae(args: DVAEArguments) -> Traced:
@@ -193,9 +194,7 @@ def _trace_reranker(args: RerankerArguments) -> Traced:
                 output.image_embeds.float(), output.text_embeds.float(), model.logit_scale.exp(), groups
             )
 
-        towers = model.vision_model.encoder, model.text_model.encoder
-        layers = [layer for tower in towers for layer in (tower.layers if hasattr(tower, "layers") else tower.stages)]
-        activations, frozen = _count(args, model, layers, compute_loss), {}
+        activations, frozen = _count(args, model, [], compute_loss), {}  # no layer is ever computed again
         with torch.no_grad():
             flops = 3 * trace_flops(lambda: model(pixel_values=pixels[:1], input_ids=ids[:1]))
         if dvae is not None:
