@@ -262,9 +262,6 @@ class RerankerArguments(TrainArguments):
         default=0.0,
         metadata={"help": "How far training pictures are turned, stretched, moved, recoloured, covered; 1 is far."},
     )
-    normalizer_weight: float = field(
-        default=0.0, metadata={"help": "Of the variance of pictures' log normalizers, so that their scores compare."}
-    )
     negatives_column: str | None = field(
         default=None, metadata={"help": "Rows equal here are no negatives of each other; none: those of one caption."}
     )
@@ -309,7 +306,7 @@ _RANGES = [
             *("learning_rate", "muon_learning_rate", "lr_warmup_steps", "adam_weight_decay", "seed"),
             "dataloader_num_workers",
             *("temperature_anneal_steps", "kl_weight", "kl_weight_warmup_steps", "encoder_lr_ratio"),
-            *("pixel_l1_weight", "pixel_l2_weight", "power_sgd_rank", "distortion", "normalizer_weight"),
+            *("pixel_l1_weight", "pixel_l2_weight", "power_sgd_rank", "distortion"),
         ),
     ),
     (

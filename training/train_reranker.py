@@ -114,7 +114,7 @@ class RerankerStage:
         output = model(pixel_values=(pixel_values - MEAN) / STD, **text)
         scale = self.model.logit_scale.exp()
         features = gather_features(output.image_embeds.float()), gather_features(output.text_embeds.float())
-        loss = contrastive_loss(*features, scale, gather(batch["groups"]), self.args.normalizer_weight)
+        loss = contrastive_loss(*features, scale, gather(batch["groups"]))
         return loss, {"logit_scale": scale.detach()}
 
     def _reconstruct_some(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -141,7 +141,7 @@ class RerankerStage:
         `validation_recall@k` is the share of pictures whose caption is among the k nearest of all validation captions
         and up to 10,000 training captions (`validation_reconstruction_recall@k` of their reconstructions), and
         `validation_image_recall@k` that of captions whose picture is among the k nearest validation pictures.
-        `validation_loss` is the contrast with all validation rows as one batch, without a `normalizer_weight`.
+        `validation_loss` is the training loss with all validation rows as one batch.
         """
         if self.validation_dataset is None:
             return {}, {}

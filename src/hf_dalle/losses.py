@@ -147,11 +147,7 @@ def mean_cross_entropy(logits: torch.Tensor | None, labels: torch.Tensor | None)
 
 
 def contrastive_loss(
-    image_features: torch.Tensor,
-    text_features: torch.Tensor,
-    logit_scale: torch.Tensor,
-    groups: torch.Tensor,
-    normalizer_weight: float = 0.0,
+    image_features: torch.Tensor, text_features: torch.Tensor, logit_scale: torch.Tensor, groups: torch.Tensor
 ) -> torch.Tensor:
     """
     CLIP's symmetric cross-entropy of pictures among captions and of captions among pictures, without negatives that
@@ -161,9 +157,6 @@ def contrastive_loss(
         image_features, text_features (`torch.Tensor`): B x D, of norm 1, row by row of one pair.
         logit_scale (`torch.Tensor`): what the cosines are multiplied by.
         groups (`torch.LongTensor`): B.
-        normalizer_weight (`float`): of a further term, the variance over pictures of the log normalizer of their
-            softmax over captions. Where that is the same for all, the score of a picture with a caption is its log
-            probability but for a constant, so that pictures are ranked by how probable they make the caption.
 
     Returns:
         `torch.Tensor`: the mean over rows and both directions, in nats.
@@ -172,7 +165,4 @@ def contrastive_loss(
     targets = torch.arange(len(logits), device=logits.device)
     is_same = (groups[:, None] == groups) & (targets[:, None] != targets)
     logits = logits.masked_fill(is_same, -math.inf)
-    loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
-    if normalizer_weight:
-        loss = loss + normalizer_weight * logits.logsumexp(1).var(correction=0)
-    return loss
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
