@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from accelerate import PartialState
 from add_reranker import add_reranker, main
 from arguments import RerankerArguments
@@ -369,5 +370,16 @@ def test_the_dry_run_counts_its_parts(home, sizes):
     assert memory["dVAE"] == sum(value.nbytes for value in stage.dvae.state_dict().values())
     assert memory["activations"] > 0 and plan["an update"]["pictures"] == 4
     assert plan["data"]["rows found"] == 20
-    recipe = Path(__file__).parents[1] / "training" / "configs" / "emoji_mini_reranker.yaml"
-    assert "stage: reranker" in recipe.read_text()
+
+
+@pytest.mark.parametrize("name", ["emoji_mini_reranker", "emoji_mini_reranker_resnet"])
+def test_the_recipes_run_on_pictures_of_another_size(home, tmp_path, name):
+    recipe = yaml.safe_load((Path(__file__).parents[1] / "training" / "configs" / f"{name}.yaml").read_text())
+    places = {part: str(home / part) for part in ("dvae", "tokenizer")} | {"train_data_dir": str(home / "data")}
+    small = {"train_split": "train", "validation_split": None, "train_batch_size": 4, "max_train_steps": 3}
+    small |= {"logging_steps": 1, "lr_warmup_steps": 1, "report_to": "none", "output_dir": str(tmp_path / "run")}
+    run({**recipe, **places, **small})
+    assert all(math.isfinite(loss) for loss in losses(read_log(tmp_path / "run")).values())
+    is_resnet = "model_type" in recipe["model"]["vision_config"]
+    expected = VisionTextDualEncoderModel if is_resnet else CLIPModel
+    assert type(AutoModel.from_pretrained(tmp_path / "run")) is expected and is_resnet == name.endswith("resnet")
