@@ -18,7 +18,7 @@ LIBRARIES = """
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
-from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin, ResNetModel
 """
 UNCOLLECTED = "import gc\ngc.disable()\n"  # one run of the collector over the libraries' objects outlasts our modules
 CONTENDERS = {
