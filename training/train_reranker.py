@@ -106,10 +106,7 @@ class RerankerStage:
     def compute_loss(self, model: torch.nn.Module, batch: dict, step: int) -> tuple[torch.Tensor, dict[str, Any]]:
         with torch.no_grad():
             self.model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-        pixel_values = batch["pixel_values"]
-        if self.args.distortion:
-            pixel_values = distort(pixel_values, self.args.distortion)
-        pixel_values = self._reconstruct_some(pixel_values)
+        pixel_values = self._reconstruct_some(distort(batch["pixel_values"], self.args.distortion))
         text = {name: batch[name] for name in ("input_ids", "attention_mask")}
         output = model(pixel_values=(pixel_values - MEAN) / STD, **text)
         scale = self.model.logit_scale.exp()
