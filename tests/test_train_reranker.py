@@ -37,6 +37,7 @@ from transformers import AutoModel, AutoProcessor, CLIPModel, CLIPProcessor, Vis
 
 from hf_dalle import DalleImageTower, DALLEPipeline
 from hf_dalle.losses import contrastive_loss
+from hf_dalle.model_card import render_model_card
 from hf_dalle.reranking import score_images
 
 
@@ -189,6 +190,9 @@ def test_a_resnet_learns_and_goes_into_a_pipeline(home, tmp_path):
     )
     expected = score_images(model, processor, "red and blue", output.images)
     torch.testing.assert_close(output.scores.flatten(), expected, atol=1e-4, rtol=1e-4)
+    template = Path(__file__).parents[1] / "model_cards" / "template.md"
+    card = render_model_card({"name": "ours", "model": describe_model(tmp_path / "pipe")}, template)
+    assert "| reranker | ResNet and CLIP: pictures 1, 1 blocks, 8, 16 wide; captions 2 layers, 16 wide |" in card.text
 
 
 @pytest.mark.parametrize("sizes", [SIZES, TOWER_SIZES], ids=["clip", "resnet"])
